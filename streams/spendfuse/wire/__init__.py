@@ -1,0 +1,38 @@
+"""What crosses a process: the messages, their topics, and how their bytes are checked and signed.
+
+Imports pydantic and the standard library only, so that any emitter or guard can carry it.
+"""
+
+from spendfuse.wire.base import WireModel, encode
+from spendfuse.wire.budget import Budget, Cap, DegradeRule, WindowSpec, WorkspaceSettings
+from spendfuse.wire.control import Ack, Alert, Command, Heartbeat
+from spendfuse.wire.ledger import LedgerBatch, LedgerEntry
+from spendfuse.wire.packed import Packed, PackedUsage
+from spendfuse.wire.prices import PriceBookFile, PriceOverride, PriceRow, Rates
+from spendfuse.wire.usage import Tokens, Usage, UsagePack, decode_usages
+
+__all__ = [
+    "Ack",
+    "Alert",
+    "Budget",
+    "Cap",
+    "Command",
+    "DegradeRule",
+    "Heartbeat",
+    "LedgerBatch",
+    "LedgerEntry",
+    "Packed",
+    "PackedUsage",
+    "PriceBookFile",
+    "PriceOverride",
+    "PriceRow",
+    "Rates",
+    "Tokens",
+    "Usage",
+    "UsagePack",
+    "WindowSpec",
+    "WireModel",
+    "WorkspaceSettings",
+    "decode_usages",
+    "encode",
+]

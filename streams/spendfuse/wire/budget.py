@@ -1,0 +1,128 @@
+"""Budgets: an allocation for a scope or a pattern, as a list of caps."""
+
+from typing import Annotated, Final, Literal, Self
+from zoneinfo import ZoneInfo
+
+from pydantic import AfterValidator, Field, model_validator
+
+from spendfuse.wire.base import Amount, Instant, Line, ModelName, Name, WireModel
+
+CAPS_MAX: Final = 16
+WARNS_MAX: Final = 8
+GRACE_S_MAX: Final = 7 * 86_400
+BASIS_POINTS: Final = 10_000
+"""Fractions of a cap are integers of 1/10,000."""
+
+ScopePattern = Annotated[
+    str,
+    Field(
+        max_length=320,
+        pattern=r"^(workspace:[^/\s:]+|team:[^/\s]+/[^/\s]+|agent:[^/\s]+/[^/\s]+/[^/\s]+|run:[^/\s]+/\S+)$",
+        description="a scope, or a pattern with * and ? inside a segment: one fuse for each match",
+    ),
+]
+WindowKind = Literal["run", "hour", "day", "week", "month", "rolling"]
+ROLLING_S_MIN: Final = 300
+ROLLING_S_MAX: Final = 86_400
+Fraction = Annotated[int, Field(ge=1, le=BASIS_POINTS, description="1/10,000 of the cap")]
+Unit = Annotated[
+    str, Field(pattern=r"^(tokens|nano-[A-Z]{3})$", description="tokens, or nano-units of a currency")
+]
+
+
+def _known_zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"unknown time zone {name!r}: use an IANA name such as Europe/Amsterdam") from error
+    return name
+
+
+TimeZone = Annotated[str, Field(max_length=64), AfterValidator(_known_zone)]
+
+
+class WindowSpec(WireModel):
+    """Over what time a cap counts: a run's whole life, a calendar unit, or the last `rolling_s` seconds."""
+
+    kind: WindowKind
+    rolling_s: Annotated[int, Field(ge=ROLLING_S_MIN, le=ROLLING_S_MAX, multiple_of=60)] | None = None
+
+    @model_validator(mode="after")
+    def _rolling_has_a_length(self) -> Self:
+        if (self.kind == "rolling") != (self.rolling_s is not None):
+            raise ValueError("rolling_s goes with kind rolling, and only with it")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Return the window as a person writes it: `day`, `rolling 90m`."""
+        if self.rolling_s is None:
+            return self.kind
+        hours, rest = divmod(self.rolling_s, 3_600)
+        return f"rolling {hours}h" if not rest else f"rolling {self.rolling_s // 60}m"
+
+
+class DegradeRule(WireModel):
+    """What an agent should do with less: other models, shorter answers."""
+
+    at: Fraction
+    models: Annotated[dict[Annotated[str, Field(max_length=128)], ModelName], Field(max_length=64)] = Field(
+        default_factory=dict
+    )
+    max_output_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
+class Cap(WireModel):
+    """An amount of one unit in one window, and what happens at which fraction of it."""
+
+    id: Name
+    unit: Unit
+    amount: Annotated[Amount, Field(gt=0)]
+    window: WindowSpec
+    warn: Annotated[list[Fraction], Field(max_length=WARNS_MAX)] = Field(default_factory=list)
+    degrade: DegradeRule | None = None
+    halt: bool = True
+
+
+class Budget(WireModel):
+    """An allocation for a scope, or one for each scope a pattern matches (`budgets.v1`, key = id)."""
+
+    v: Literal[1] = 1
+    type: Literal["budget"] = "budget"
+    id: Name
+    version: Annotated[int, Field(ge=1)]
+    scope: ScopePattern
+    timezone: TimeZone = "UTC"
+    caps: Annotated[list[Cap], Field(min_length=1, max_length=CAPS_MAX)]
+    unknown_model: Literal["ceiling", "deny", "warn"] = "ceiling"
+    shadow: bool = False
+    count_holds: bool = True
+    grace_s: Annotated[int, Field(ge=0, le=GRACE_S_MAX)] = 3_600
+    note: Line = ""
+    applied_at: Instant | None = None
+
+    @model_validator(mode="after")
+    def _caps_have_ids_of_their_own(self) -> Self:
+        ids = [cap.id for cap in self.caps]
+        twice = sorted({name for name in ids if ids.count(name) > 1})
+        if twice:
+            raise ValueError(f"cap ids must differ within a budget; used twice: {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _run_windows_are_for_runs(self) -> Self:
+        wrong = [
+            cap.id for cap in self.caps if cap.window.kind == "run" and not self.scope.startswith("run:")
+        ]
+        if wrong:
+            raise ValueError(f"window run needs a scope run:...; caps {', '.join(wrong)} are on {self.scope}")
+        return self
+
+
+class WorkspaceSettings(WireModel):
+    """A workspace's own time zone, in which hour, day and month are always kept (`budgets.v1`)."""
+
+    v: Literal[1] = 1
+    type: Literal["workspace"] = "workspace"
+    workspace: Name
+    timezone: TimeZone = "UTC"

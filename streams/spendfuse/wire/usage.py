@@ -1,0 +1,112 @@
+"""Usage v1: the tokens of one model call, single or packed."""
+
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, TypeAdapter, model_validator
+
+from spendfuse.wire.base import Count, Id, Instant, Line, ModelName, Name, TagValue, WireModel
+
+TAGS_MAX: Final = 16
+PACK_MAX: Final = 500
+"""Most usages in one packed message."""
+CONFLUENT_PREFIX_BYTES: Final = 5
+"""Magic byte 0x00 and a 4-byte schema id (Confluent wire format)."""
+
+Kind = Literal["finished", "started", "progress"]
+Provider = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Tier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")]
+Tags = Annotated[dict[Name, TagValue], Field(max_length=TAGS_MAX)]
+
+
+class Tokens(WireModel):
+    """Disjoint counters of one call, in tokens; `reasoning` is part of `output`, informational.
+
+    `input` is what no cache served: a source that reports input inclusive of cache subtracts first.
+    """
+
+    input: Count = 0
+    cache_read: Count = 0
+    cache_write_5m: Count = 0
+    cache_write_1h: Count = 0
+    output: Count = 0
+    reasoning: Count = 0
+
+    @property
+    def total(self) -> int:
+        """Return all tokens of the call (reasoning is already in output)."""
+        return self.input + self.cache_read + self.cache_write_5m + self.cache_write_1h + self.output
+
+    @model_validator(mode="after")
+    def _reasoning_is_part_of_output(self) -> Self:
+        if self.reasoning > self.output:
+            raise ValueError(f"reasoning ({self.reasoning}) cannot exceed output ({self.output})")
+        return self
+
+
+class Usage(WireModel):
+    """One model call of one agent: `finished` with its tokens, or in flight with an upper bound.
+
+    `started` carries the most the call may use and its `deadline`; `progress` the cumulative tokens so far.
+    The three kinds of one call share its `id`. No price, prompt or e-mail address is ever part of it.
+    """
+
+    v: Literal[1] = 1
+    id: Id
+    ts: Instant
+    kind: Kind = "finished"
+    workspace: Name
+    team: Name
+    agent: Name
+    run: Id
+    root_run: Id | None = None
+    parent_run: Id | None = None
+    workflow: Name | None = None
+    provider: Provider
+    model: ModelName
+    tier: Tier = "standard"
+    tokens: Tokens
+    deadline: Instant | None = None
+    source: Line = ""
+    tags: Tags = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _deadline_belongs_to_calls_in_flight(self) -> Self:
+        if self.kind == "finished" and self.deadline is not None:
+            raise ValueError("deadline is for kind started or progress, not finished")
+        return self
+
+    @property
+    def agent_path(self) -> str:
+        """Return `workspace/team/agent`, the Kafka key of a usage."""
+        return f"{self.workspace}/{self.team}/{self.agent}"
+
+
+class UsagePack(WireModel):
+    """Several usages in one Kafka message, of any agents."""
+
+    v: Literal[1] = 1
+    usages: Annotated[list[Usage], Field(min_length=1, max_length=PACK_MAX)]
+
+
+_SINGLE_OR_PACKED: Final[TypeAdapter[Usage | UsagePack]] = TypeAdapter(Usage | UsagePack)
+_SINGLE: Final = TypeAdapter(Usage)
+_PACKED: Final = TypeAdapter(UsagePack)
+
+
+def strip_confluent_prefix(value: bytes) -> bytes:
+    """Return the payload behind a Confluent schema-registry prefix, or the value as it is."""
+    return value[CONFLUENT_PREFIX_BYTES:] if value[:1] == b"\x00" else value
+
+
+def decode_usages(value: bytes) -> list[Usage]:
+    """Return the usages of one message of `usage.v1`, single or packed.
+
+    Raises `pydantic.ValidationError` naming each field at fault.
+    """
+    payload = strip_confluent_prefix(value)
+    if b'"usages"' in payload[:32]:
+        return _PACKED.validate_json(payload).usages
+    if b'"usages"' in payload:  # a pack whose "usages" is not written first, or a usage with that tag
+        message = _SINGLE_OR_PACKED.validate_json(payload)
+        return message.usages if isinstance(message, UsagePack) else [message]
+    return [_SINGLE.validate_json(payload)]
