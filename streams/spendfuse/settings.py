@@ -78,9 +78,7 @@ def _read_bounded(path: Path) -> str:
 class BrokerSettings(Settings):
     """How to reach Kafka. The timings suit Apache Kafka; `embedded` brokers give their own."""
 
-    bootstrap_servers: str = Field(
-        "127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port]"
-    )
+    bootstrap_servers: str = Field("127.0.0.1:9092", description="Kafka bootstrap servers, host:port[,host:port]")
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="Kafka security protocol"
     )
@@ -129,9 +127,7 @@ class ClockSettings(Settings):
 class GuardSettings(Settings):
     """How a guard obeys."""
 
-    public_keys: str = Field(
-        "", description="kid=base64 of each Ed25519 public key, comma-separated (or ..._FILE)"
-    )
+    public_keys: str = Field("", description="kid=base64 of each Ed25519 public key, comma-separated (or ..._FILE)")
     unsigned_commands: bool = Field(False, description="obey unsigned commands: development only")
     stale_after_s: Annotated[float, Field(gt=0)] = Field(15.0, description="no heartbeat for so long: STALE")
     blind_after_s: Annotated[float, Field(gt=0)] = Field(120.0, description="no heartbeat for so long: BLIND")
@@ -176,9 +172,7 @@ class WorkerSettings(Settings):
         300, description="usage dated further in the future goes to the dead letters"
     )
     heartbeat_s: Annotated[float, Field(gt=0, le=60)] = Field(2.0, description="interval of heartbeats")
-    ready_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        120.0, description="a worker not ready by then ends"
-    )
+    ready_timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="a worker not ready by then ends")
     ready_file: str = Field("", description="file that exists while the worker is ready (health checks)")
     price_book_file: str = Field("", description="price book to use instead of the one shipped")
     signing_key: SecretStr = Field(
@@ -197,16 +191,10 @@ class AuditSettings(Settings):
     )
     clickhouse_password: SecretStr = Field(SecretStr(""), description="its password (secret; or ..._FILE)")
     chdb_dir: str = Field(".spendfuse/clickhouse", description="directory of the embedded ClickHouse")
-    database: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,62}$")] = Field(
-        "spendfuse", description="database"
-    )
+    database: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,62}$")] = Field("spendfuse", description="database")
     http_port: Annotated[int, Field(ge=0, le=65_535)] = Field(
         8124, description="loopback port of the embedded ClickHouse's HTTP endpoint; 0 picks a free one"
     )
-    http_token: SecretStr = Field(
-        SecretStr(""), description="password of that endpoint (secret; or ..._FILE)"
-    )
+    http_token: SecretStr = Field(SecretStr(""), description="password of that endpoint (secret; or ..._FILE)")
     batch_rows_max: Annotated[int, Field(ge=1, le=100_000)] = Field(5_000, description="rows of one insert")
-    batch_wait_ms: Annotated[int, Field(ge=10, le=60_000)] = Field(
-        500, description="longest a row waits for it"
-    )
+    batch_wait_ms: Annotated[int, Field(ge=10, le=60_000)] = Field(500, description="longest a row waits for it")

@@ -9,6 +9,7 @@ from spendfuse.wire.control import Ack, Alert, Command, Heartbeat
 from spendfuse.wire.ledger import LedgerBatch, LedgerEntry
 from spendfuse.wire.packed import Packed, PackedUsage
 from spendfuse.wire.prices import PriceBookFile, PriceOverride, PriceRow, Rates
+from spendfuse.wire.rollup import Rollup
 from spendfuse.wire.usage import Tokens, Usage, UsagePack, decode_usages
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PriceOverride",
     "PriceRow",
     "Rates",
+    "Rollup",
     "Tokens",
     "Usage",
     "UsagePack",

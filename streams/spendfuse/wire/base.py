@@ -28,16 +28,12 @@ LINE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 
 Name = Annotated[
     str,
-    Field(
-        pattern=NAME_PATTERN, description="1-64 of A-Z a-z 0-9 . _ + -; no @, a name is not an e-mail address"
-    ),
+    Field(pattern=NAME_PATTERN, description="1-64 of A-Z a-z 0-9 . _ + -; no @, a name is not an e-mail address"),
 ]
 Id = Annotated[str, Field(pattern=ID_PATTERN, description="1-128 of A-Z a-z 0-9 . _ : / @ # + -")]
 ModelName = Annotated[str, Field(pattern=MODEL_PATTERN)]
 Scope = Annotated[str, Field(pattern=SCOPE_PATTERN, description="whose money: kind:path")]
-Line = Annotated[
-    str, Field(max_length=512, pattern=LINE_PATTERN, description="one line, no control characters")
-]
+Line = Annotated[str, Field(max_length=512, pattern=LINE_PATTERN, description="one line, no control characters")]
 TagValue = Annotated[str, Field(max_length=128, pattern=LINE_PATTERN)]
 Count = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
 Amount = Annotated[int, Field(ge=0, le=NANOS_MAX)]

@@ -25,9 +25,7 @@ WindowKind = Literal["run", "hour", "day", "week", "month", "rolling"]
 ROLLING_S_MIN: Final = 300
 ROLLING_S_MAX: Final = 86_400
 Fraction = Annotated[int, Field(ge=1, le=BASIS_POINTS, description="1/10,000 of the cap")]
-Unit = Annotated[
-    str, Field(pattern=r"^(tokens|nano-[A-Z]{3})$", description="tokens, or nano-units of a currency")
-]
+Unit = Annotated[str, Field(pattern=r"^(tokens|nano-[A-Z]{3})$", description="tokens, or nano-units of a currency")]
 
 
 def _known_zone(name: str) -> str:
@@ -44,8 +42,13 @@ TimeZone = Annotated[str, Field(max_length=64), AfterValidator(_known_zone)]
 class WindowSpec(WireModel):
     """Over what time a cap counts: a run's whole life, a calendar unit, or the last `rolling_s` seconds."""
 
-    kind: WindowKind
-    rolling_s: Annotated[int, Field(ge=ROLLING_S_MIN, le=ROLLING_S_MAX, multiple_of=60)] | None = None
+    kind: WindowKind = Field(
+        description="run: its whole life; hour to month: in the budget's time zone; rolling: the last rolling_s seconds"
+    )
+    rolling_s: Annotated[int, Field(ge=ROLLING_S_MIN, le=ROLLING_S_MAX, multiple_of=60)] | None = Field(
+        default=None,
+        description="length of a rolling window in seconds: 300 to 86,400, whole minutes; only with kind rolling",
+    )
 
     @model_validator(mode="after")
     def _rolling_has_a_length(self) -> Self:
@@ -65,41 +68,52 @@ class WindowSpec(WireModel):
 class DegradeRule(WireModel):
     """What an agent should do with less: other models, shorter answers."""
 
-    at: Fraction
+    at: Fraction = Field(description="from which fraction of the cap, in 1/10,000")
     models: Annotated[dict[Annotated[str, Field(max_length=128)], ModelName], Field(max_length=64)] = Field(
-        default_factory=dict
+        default_factory=dict, description="model in use -> model to use instead"
     )
-    max_output_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None, description="longest answer to ask for, in tokens"
+    )
 
 
 class Cap(WireModel):
     """An amount of one unit in one window, and what happens at which fraction of it."""
 
-    id: Name
-    unit: Unit
-    amount: Annotated[Amount, Field(gt=0)]
-    window: WindowSpec
-    warn: Annotated[list[Fraction], Field(max_length=WARNS_MAX)] = Field(default_factory=list)
-    degrade: DegradeRule | None = None
-    halt: bool = True
+    id: Name = Field(description="name of the cap within its budget")
+    unit: Unit = Field(description="tokens, or nano-units of a currency such as nano-USD")
+    amount: Annotated[Amount, Field(gt=0)] = Field(description="the cap, in unit")
+    window: WindowSpec = Field(description="over what time it counts")
+    warn: Annotated[list[Fraction], Field(max_length=WARNS_MAX)] = Field(
+        default_factory=list, description="fractions of the cap at which to warn, in 1/10,000"
+    )
+    degrade: DegradeRule | None = Field(default=None, description="from when agents should do with less")
+    halt: bool = Field(default=True, description="whether agents are stopped at the cap")
 
 
 class Budget(WireModel):
     """An allocation for a scope, or one for each scope a pattern matches (`budgets.v1`, key = id)."""
 
-    v: Literal[1] = 1
-    type: Literal["budget"] = "budget"
-    id: Name
-    version: Annotated[int, Field(ge=1)]
-    scope: ScopePattern
-    timezone: TimeZone = "UTC"
-    caps: Annotated[list[Cap], Field(min_length=1, max_length=CAPS_MAX)]
-    unknown_model: Literal["ceiling", "deny", "warn"] = "ceiling"
-    shadow: bool = False
-    count_holds: bool = True
-    grace_s: Annotated[int, Field(ge=0, le=GRACE_S_MAX)] = 3_600
-    note: Line = ""
-    applied_at: Instant | None = None
+    v: Literal[1] = Field(default=1, description="version of this message")
+    type: Literal["budget"] = Field(default="budget", description="what the message is")
+    id: Name = Field(description="id of the budget, the Kafka key; a null value removes it")
+    version: Annotated[int, Field(ge=1)] = Field(description="grows with each change of content")
+    scope: ScopePattern = Field(
+        description="whose money: a scope, or a pattern with * and ? inside a segment, one fuse for each match"
+    )
+    timezone: TimeZone = Field(default="UTC", description="IANA time zone of the windows")
+    caps: Annotated[list[Cap], Field(min_length=1, max_length=CAPS_MAX)] = Field(description="1 to 16 caps")
+    unknown_model: Literal["ceiling", "deny", "warn"] = Field(
+        default="ceiling",
+        description="a model without a price: charge the ceiling, deny (halt), or charge the ceiling and warn",
+    )
+    shadow: bool = Field(default=False, description="decide and record, and command nothing")
+    count_holds: bool = Field(default=True, description="whether calls in flight count against the caps")
+    grace_s: Annotated[int, Field(ge=0, le=GRACE_S_MAX)] = Field(
+        default=3_600, description="how late a usage may still change its window, in seconds"
+    )
+    note: Line = Field(default="", description="why, in one line")
+    applied_at: Instant | None = Field(default=None, description="when it was applied")
 
     @model_validator(mode="after")
     def _caps_have_ids_of_their_own(self) -> Self:
@@ -111,9 +125,7 @@ class Budget(WireModel):
 
     @model_validator(mode="after")
     def _run_windows_are_for_runs(self) -> Self:
-        wrong = [
-            cap.id for cap in self.caps if cap.window.kind == "run" and not self.scope.startswith("run:")
-        ]
+        wrong = [cap.id for cap in self.caps if cap.window.kind == "run" and not self.scope.startswith("run:")]
         if wrong:
             raise ValueError(f"window run needs a scope run:...; caps {', '.join(wrong)} are on {self.scope}")
         return self
@@ -122,7 +134,7 @@ class Budget(WireModel):
 class WorkspaceSettings(WireModel):
     """A workspace's own time zone, in which hour, day and month are always kept (`budgets.v1`)."""
 
-    v: Literal[1] = 1
-    type: Literal["workspace"] = "workspace"
-    workspace: Name
-    timezone: TimeZone = "UTC"
+    v: Literal[1] = Field(default=1, description="version of this message")
+    type: Literal["workspace"] = Field(default="workspace", description="what the message is")
+    workspace: Name = Field(description="the workspace; the Kafka key is workspace/<name>")
+    timezone: TimeZone = Field(default="UTC", description="IANA time zone in which hour, day and month are always kept")

@@ -17,12 +17,14 @@ PricedBy = Literal["book", "override", "ceiling"]
 class Charge(WireModel):
     """A usage priced: the rates are nano-units per million tokens of each counter, in their order."""
 
-    cost_nanos: Amount
-    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")]
-    price_book: Annotated[str, Field(max_length=96)]
-    priced_by: PricedBy
-    rates: Annotated[list[int], Field(min_length=5, max_length=5)]
-    tier_known: bool = True
+    cost_nanos: Amount = Field(description="cost in nano-units of currency")
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = Field(description="ISO 4217 code")
+    price_book: Annotated[str, Field(max_length=96)] = Field(description="price book used, name and hash")
+    priced_by: PricedBy = Field(description="the book's row, an override, or the ceiling of an unknown model")
+    rates: Annotated[list[int], Field(min_length=5, max_length=5)] = Field(
+        description="nano-units per 1,000,000 tokens of input, cache_read, cache_write_5m, cache_write_1h, output"
+    )
+    tier_known: bool = Field(default=True, description="false when the tier had no row and standard was charged")
 
 
 class LedgerEntry(WireModel):
@@ -43,23 +45,27 @@ class LedgerEntry(WireModel):
         "price",
         "rejected",
         "operator",
-    ]
-    topic: Annotated[str, Field(max_length=249)]
-    partition: Partition
-    offset: Offset
-    index: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
-    at: Instant
-    late: bool = False
-    usage: Usage | None = None
-    charge: Charge | None = None
-    command: Command | None = None
-    ack: Ack | None = None
-    alert: Alert | None = None
-    data: dict[str, Any] | None = None
+    ] = Field(description="what happened")
+    topic: Annotated[str, Field(max_length=249)] = Field(description="topic of the record it came from")
+    partition: Partition = Field(description="its partition")
+    offset: Offset = Field(description="its offset")
+    index: Annotated[int, Field(ge=0, lt=1 << 16)] = Field(default=0, description="place within that record, from 0")
+    at: Instant = Field(description="when it was recorded")
+    late: bool = Field(
+        default=False, description="usage that came after its window's grace: charged, and changing no window"
+    )
+    usage: Usage | None = Field(default=None, description="the usage, of charge and duplicate")
+    charge: Charge | None = Field(default=None, description="its charge")
+    command: Command | None = Field(default=None, description="of command and decision")
+    ack: Ack | None = Field(default=None, description="of ack")
+    alert: Alert | None = Field(default=None, description="of alert")
+    data: dict[str, Any] | None = Field(default=None, description="of the other kinds")
 
 
 class LedgerBatch(WireModel):
     """One message of `ledger.v1`: the entries of one round, in order."""
 
-    v: Literal[1] = 1
-    entries: Annotated[list[LedgerEntry], Field(min_length=1, max_length=LEDGER_BATCH_MAX)]
+    v: Literal[1] = Field(default=1, description="version of this message")
+    entries: Annotated[list[LedgerEntry], Field(min_length=1, max_length=LEDGER_BATCH_MAX)] = Field(
+        description="the entries of one round, in order"
+    )

@@ -28,11 +28,15 @@ class Origin(NamedTuple):
 class PackedUsage(WireModel):
     """A usage, and where it came from: partition, offset, index in the message, Kafka timestamp (ms)."""
 
-    p: Partition
-    o: Offset
-    i: Annotated[int, Field(ge=0, lt=1 << INDEX_BITS)] = 0
-    t: Annotated[int, Field(ge=-1)] = -1
-    u: Usage
+    p: Partition = Field(description="partition in usage.v1")
+    o: Offset = Field(description="offset in that partition")
+    i: Annotated[int, Field(ge=0, lt=1 << INDEX_BITS)] = Field(
+        default=0, description="place in a packed message, from 0"
+    )
+    t: Annotated[int, Field(ge=-1)] = Field(
+        default=-1, description="Kafka timestamp in ms since the epoch; -1 when unknown"
+    )
+    u: Usage = Field(description="the usage")
 
     @property
     def origin(self) -> Origin:
@@ -43,5 +47,7 @@ class PackedUsage(WireModel):
 class Packed(WireModel):
     """One message of `usage.packed.v1`, in the order of the origin offsets."""
 
-    v: Literal[1] = 1
-    usages: Annotated[list[PackedUsage], Field(min_length=1, max_length=PACKED_MAX)]
+    v: Literal[1] = Field(default=1, description="version of this message")
+    usages: Annotated[list[PackedUsage], Field(min_length=1, max_length=PACKED_MAX)] = Field(
+        description="usages in the order of their origin offsets"
+    )

@@ -24,12 +24,19 @@ class Tokens(WireModel):
     `input` is what no cache served: a source that reports input inclusive of cache subtracts first.
     """
 
-    input: Count = 0
-    cache_read: Count = 0
-    cache_write_5m: Count = 0
-    cache_write_1h: Count = 0
-    output: Count = 0
-    reasoning: Count = 0
+    input: Count = Field(
+        default=0,
+        description="prompt tokens that no cache served or stored; subtract the cache counters from an inclusive total",
+    )
+    cache_read: Count = Field(default=0, description="prompt tokens served from a cache, in tokens")
+    cache_write_5m: Count = Field(
+        default=0, description="prompt tokens written to a 5-minute cache (or one of unsaid lifetime), in tokens"
+    )
+    cache_write_1h: Count = Field(default=0, description="prompt tokens written to a 1-hour cache, in tokens")
+    output: Count = Field(default=0, description="generated tokens, reasoning included, in tokens")
+    reasoning: Count = Field(
+        default=0, description="the part of output that was reasoning, in tokens; informational, never charged twice"
+    )
 
     @property
     def total(self) -> int:
@@ -50,24 +57,44 @@ class Usage(WireModel):
     The three kinds of one call share its `id`. No price, prompt or e-mail address is ever part of it.
     """
 
-    v: Literal[1] = 1
-    id: Id
-    ts: Instant
-    kind: Kind = "finished"
-    workspace: Name
-    team: Name
-    agent: Name
-    run: Id
-    root_run: Id | None = None
-    parent_run: Id | None = None
-    workflow: Name | None = None
-    provider: Provider
-    model: ModelName
-    tier: Tier = "standard"
-    tokens: Tokens
-    deadline: Instant | None = None
-    source: Line = ""
-    tags: Tags = Field(default_factory=dict)
+    v: Literal[1] = Field(default=1, description="version of this message")
+    id: Id = Field(
+        description="id of the call, the same on every delivery and for started, progress and finished; charged once"
+    )
+    ts: Instant = Field(
+        description="when the call ended, or this was known; decides the window; RFC 3339 with an offset"
+    )
+    kind: Kind = Field(
+        default="finished",
+        description="finished: the tokens used; started: the most it may use; progress: the tokens so far, cumulative",
+    )
+    workspace: Name = Field(description="workspace that pays; a name, not an e-mail address")
+    team: Name = Field(description="team of the workspace")
+    agent: Name = Field(description="agent of the team; workspace/team/agent is the Kafka key")
+    run: Id = Field(description="id of the run that made the call")
+    root_run: Id | None = Field(
+        default=None, description="id of the run at the root of the tree of runs; the run itself when absent"
+    )
+    parent_run: Id | None = Field(default=None, description="id of the run that started this one")
+    workflow: Name | None = Field(default=None, description="name of the workflow, for reports")
+    provider: Provider = Field(
+        description="who served the call: anthropic, openai, google, aws, azure, ...; part of the price key"
+    )
+    model: ModelName = Field(
+        description="model as the provider names it; one that the price book lacks is charged at a ceiling"
+    )
+    tier: Tier = Field(
+        default="standard",
+        description="service tier: standard, batch, priority, flex, fast; an unknown one is charged as standard",
+    )
+    tokens: Tokens = Field(description="disjoint counters of the call")
+    deadline: Instant | None = Field(
+        default=None, description="started or progress only: until when the call may hold its tokens"
+    )
+    source: Line = Field(default="", description="what emitted this, such as spendfuse-client/0.1 or otel")
+    tags: Tags = Field(
+        default_factory=dict, description="free labels for reports, at most 16; no prompts and no e-mail addresses"
+    )
 
     @model_validator(mode="after")
     def _deadline_belongs_to_calls_in_flight(self) -> Self:
@@ -84,8 +111,10 @@ class Usage(WireModel):
 class UsagePack(WireModel):
     """Several usages in one Kafka message, of any agents."""
 
-    v: Literal[1] = 1
-    usages: Annotated[list[Usage], Field(min_length=1, max_length=PACK_MAX)]
+    v: Literal[1] = Field(default=1, description="version of this message")
+    usages: Annotated[list[Usage], Field(min_length=1, max_length=PACK_MAX)] = Field(
+        description="1 to 500 usages, of any agents"
+    )
 
 
 _SINGLE_OR_PACKED: Final[TypeAdapter[Usage | UsagePack]] = TypeAdapter(Usage | UsagePack)

@@ -1,0 +1,1 @@
+"""The functional core: (state, usage, budgets, book, now) -> (state, effects). No I/O, no clock."""

@@ -1,0 +1,86 @@
+"""Usage ids remembered with their origin: the same id from the same place is a replay, from another a duplicate.
+
+The memory is a ring of slots for each packed partition: bounded, and written a slot at a time. The horizon is at
+least `(SLOTS - 1) * IDS_PER_SLOT` ids of a partition.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from spendfuse.wire.packed import Origin
+from spendfuse.wire.usage import Usage
+
+DIGEST_BYTES: Final = 12
+SLOTS: Final = 256
+IDS_PER_SLOT: Final = 1_024
+_RECORD: Final = struct.Struct(f">{DIGEST_BYTES}sHQ")
+_HEADER: Final = struct.Struct(">Q")
+
+Verdict = Literal["new", "replay", "duplicate"]
+
+
+def usage_digest(usage: Usage, kind: str = "") -> bytes:
+    """Return the digest of a call id within its agent, and of the kind (`progress` repeats, so it has none)."""
+    name = f"{usage.workspace}/{usage.team}/{usage.agent}\n{usage.id}\n{kind or usage.kind}"
+    return hashlib.blake2b(name.encode(), digest_size=DIGEST_BYTES).digest()
+
+
+@dataclass(slots=True)
+class SeenIds:
+    """The ids one packed partition has seen, newest `SLOTS * IDS_PER_SLOT` at the most."""
+
+    origins: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    slots: dict[int, list[bytes]] = field(default_factory=dict)
+    sequence: int = 0
+    dirty: set[int] = field(default_factory=set)
+
+    def judge(self, digest: bytes, origin: Origin) -> Verdict:
+        """Return whether a usage is new, seen from this very place, or seen from another."""
+        known = self.origins.get(digest)
+        if known is None:
+            return "new"
+        return "replay" if known == (origin.partition, origin.position) else "duplicate"
+
+    def remember(self, digest: bytes, origin: Origin) -> None:
+        """Remember a new id; the oldest slot is forgotten when the ring is full."""
+        slot = self.slots.setdefault(self.sequence, [])
+        if len(slot) >= IDS_PER_SLOT:
+            self.sequence += 1
+            self._forget(self.sequence - SLOTS)
+            slot = self.slots.setdefault(self.sequence, [])
+        slot.append(digest)
+        self.origins[digest] = (origin.partition, origin.position)
+        self.dirty.add(self.sequence)
+
+    def _forget(self, sequence: int) -> None:
+        for digest in self.slots.pop(sequence, ()):
+            self.origins.pop(digest, None)
+        self.dirty.discard(sequence)
+
+    def take_dirty(self) -> dict[int, bytes]:
+        """Return the slots that changed, by their place in the ring, encoded; they count as written from now on."""
+        written = {sequence % SLOTS: self._encode(sequence) for sequence in sorted(self.dirty)}
+        self.dirty.clear()
+        return written
+
+    def _encode(self, sequence: int) -> bytes:
+        records = [_HEADER.pack(sequence)]
+        records += [_RECORD.pack(digest, *self.origins[digest]) for digest in self.slots[sequence]]
+        return b"".join(records)
+
+    def restore(self, value: bytes) -> None:
+        """Take in one slot as `take_dirty` wrote it.
+
+        Raises `ValueError` when the bytes are not such a slot.
+        """
+        if len(value) < _HEADER.size or (len(value) - _HEADER.size) % _RECORD.size:
+            raise ValueError(f"a slot of remembered ids has {len(value)} bytes, which is no whole number of records")
+        (sequence,) = _HEADER.unpack_from(value)
+        slot: list[bytes] = []
+        for digest, partition, position in _RECORD.iter_unpack(value[_HEADER.size :]):
+            slot.append(digest)
+            self.origins[digest] = (partition, position)
+        self.slots[sequence] = slot
+        self.sequence = max(self.sequence, sequence)

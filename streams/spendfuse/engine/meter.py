@@ -1,0 +1,291 @@
+"""The meter: one packed partition's usage, folded into its scopes, and the agents' caps checked at once.
+
+Every key has its own watermark: a usage at or below it changes nothing there, so a replay is harmless whichever of
+the keys had become durable (design.md section 6).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from spendfuse.engine.decide import CausedBy, Effects, Held, decide, deny_unknown_model, reconsider
+from spendfuse.engine.ids import SeenIds, usage_digest
+from spendfuse.engine.policies import Policies
+from spendfuse.engine.prices import Charge, PriceBook
+from spendfuse.engine.spend import Hold
+from spendfuse.engine.state import NOTED_MAX, ScopeState
+from spendfuse.engine.windows import calendar_window
+from spendfuse.wire.base import from_us, to_us
+from spendfuse.wire.control import Alert, Cause
+from spendfuse.wire.ledger import Charge as WireCharge
+from spendfuse.wire.ledger import LedgerEntry
+from spendfuse.wire.packed import Origin, PackedUsage
+from spendfuse.wire.rollup import Rollup
+from spendfuse.wire.scopes import agent_scope, scope_kind, shared_scopes
+from spendfuse.wire.topics import USAGE
+from spendfuse.wire.usage import Usage
+
+HOLD_US_DEFAULT: Final = 600_000_000
+"""How long a call in flight without a deadline is held."""
+HOLD_US_MAX: Final = 86_400_000_000
+
+Load = Callable[[str], ScopeState | None]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one packed message led to: entries for the ledger, effects, and the scopes whose state changed."""
+
+    entries: list[LedgerEntry] = field(default_factory=list)
+    effects: Effects = field(default_factory=Effects)
+    touched: set[str] = field(default_factory=set)
+    replays: int = 0
+    duplicates: int = 0
+
+
+@dataclass(slots=True)
+class _Step:
+    """One usage on its way through the scopes."""
+
+    usage: Usage
+    origin: Origin
+    charge: Charge
+    cause: CausedBy
+    tokens: int
+    now_us: int
+    late: bool = False
+
+
+class PartitionMeter:
+    """The state of one packed partition; `load` gives a scope's stored state when it is first needed."""
+
+    def __init__(self, partition: int, load: Load, seen: SeenIds) -> None:
+        """Start with what was stored."""
+        self.partition = partition
+        self.seen = seen
+        self.states: dict[str, ScopeState] = {}
+        self.causes: dict[str, CausedBy] = {}
+        self._load = load
+
+    def state(self, scope: str) -> ScopeState:
+        """Return a scope's state, from memory or from what was stored."""
+        state = self.states.get(scope)
+        if state is None:
+            state = self.states[scope] = self._load(scope) or ScopeState()
+        return state
+
+    def apply(self, usages: Sequence[PackedUsage], policies: Policies, book: PriceBook, now_us: int) -> Outcome:
+        """Fold one packed message into the state and return what follows from it."""
+        outcome = Outcome()
+        for packed in usages:
+            usage, origin = packed.u, packed.origin
+            if usage.kind == "finished":
+                self._finished(usage, origin, packed.t, policies, book, now_us, outcome)
+            else:
+                self._in_flight(usage, origin, packed.t, policies, book, now_us, outcome)
+        return outcome
+
+    def _finished(
+        self,
+        usage: Usage,
+        origin: Origin,
+        produced_at_ms: int,
+        policies: Policies,
+        book: PriceBook,
+        now_us: int,
+        outcome: Outcome,
+    ) -> None:
+        digest = usage_digest(usage)
+        verdict = self.seen.judge(digest, origin)
+        step = self._step(usage, origin, produced_at_ms, book, now_us)
+        if verdict == "duplicate":
+            outcome.duplicates += 1
+            outcome.entries.append(_entry("duplicate", step))
+            return
+        if verdict == "new":
+            self.seen.remember(digest, origin)
+        else:
+            outcome.replays += 1
+        agent = agent_scope(usage.workspace, usage.team, usage.agent)
+        for scope in (agent, *shared_scopes(usage)):
+            state = self._advance(scope, step, outcome)
+            if state is None:
+                continue
+            state.spend.settle(usage.id)
+            plan = policies.of(scope).plan
+            step.late |= state.spend.add(plan, step.cause.ts_us, now_us, step.charge.cost_nanos, step.tokens)
+        self._judge_agent(agent, step, policies, outcome)
+        outcome.entries.append(_entry("charge", step))
+
+    def _in_flight(
+        self,
+        usage: Usage,
+        origin: Origin,
+        produced_at_ms: int,
+        policies: Policies,
+        book: PriceBook,
+        now_us: int,
+        outcome: Outcome,
+    ) -> None:
+        if usage_digest(usage, "finished") in self.seen.origins:
+            return  # a straggler: its call has been charged
+        step = self._step(usage, origin, produced_at_ms, book, now_us)
+        deadline_us = to_us(usage.deadline) if usage.deadline else now_us + HOLD_US_DEFAULT
+        deadline_us = min(deadline_us, now_us + HOLD_US_MAX)
+        agent = agent_scope(usage.workspace, usage.team, usage.agent)
+        for scope in (agent, *shared_scopes(usage)):
+            state = self._advance(scope, step, outcome)
+            if state is None:
+                continue
+            known = state.spend.holds.get(usage.id)
+            hold = Hold(step.charge.cost_nanos, step.tokens, deadline_us)
+            if known is not None:  # progress beyond the bound raises the hold; below it the bound stands
+                hold = Hold(max(hold.nanos, known.nanos), max(hold.tokens, known.tokens), known.deadline_us)
+            state.spend.hold(usage.id, hold, now_us)
+        self._judge_agent(agent, step, policies, outcome)
+
+    def _step(self, usage: Usage, origin: Origin, produced_at_ms: int, book: PriceBook, now_us: int) -> _Step:
+        cause = CausedBy(usage.id, to_us(usage.ts), origin.partition, origin.offset, produced_at_ms)
+        return _Step(usage, origin, book.charge(usage), cause, usage.tokens.total, now_us)
+
+    def _advance(self, scope: str, step: _Step, outcome: Outcome) -> ScopeState | None:
+        """Move a scope's watermark past a usage; None when the usage is already in its sums."""
+        state = self.state(scope)
+        position = step.origin.position
+        if position <= state.marks.get(step.origin.partition, -1):
+            return None
+        state.marks[step.origin.partition] = position
+        self.causes[scope] = step.cause
+        outcome.touched.add(scope)
+        return state
+
+    def _judge_agent(self, agent: str, step: _Step, policies: Policies, outcome: Outcome) -> None:
+        if agent not in outcome.touched:
+            return
+        state = self.state(agent)
+        policy = policies.of(agent)
+        if policy.limits:
+            held = Held(*state.spend.held(step.now_us)) if state.spend.holds else Held()
+            _gather(
+                outcome.effects,
+                decide(
+                    agent,
+                    policy,
+                    state.spend,
+                    held,
+                    state.fuses,
+                    step.cause,
+                    now_us=step.now_us,
+                    price_book=step.charge.price_book,
+                ),
+            )
+        if step.charge.priced_by == "ceiling":
+            self._unknown_model(agent, state, step, policies, outcome)
+
+    def _unknown_model(self, agent: str, state: ScopeState, step: _Step, policies: Policies, outcome: Outcome) -> None:
+        usage = step.usage
+        scopes = (agent, *shared_scopes(usage))
+        deny = {budget.id: budget for scope in scopes for budget in policies.of(scope).deny_unknown}
+        model = f"{usage.provider}/{usage.model}"
+        if deny:
+            _gather(
+                outcome.effects,
+                deny_unknown_model(
+                    agent,
+                    tuple(deny.values()),
+                    state.fuses,
+                    step.cause,
+                    model,
+                    now_us=step.now_us,
+                    price_book=step.charge.price_book,
+                ),
+            )
+        if any(policies.of(scope).warn_unknown for scope in scopes) and state.noted.get(model, 0) <= step.now_us:
+            if len(state.noted) >= NOTED_MAX:
+                state.noted.clear()
+            state.noted[model] = calendar_window("day", "UTC", step.now_us).end_us
+            outcome.effects.alerts.append(_unknown_alert(agent, model, step))
+
+    def reconsider(self, scope: str, policies: Policies, book: PriceBook, now_us: int) -> Effects | None:
+        """Judge one agent's scope again after budgets or prices changed."""
+        state = self.state(scope)
+        return reconsider(
+            scope,
+            policies.of(scope),
+            state.spend,
+            Held(*state.spend.held(now_us)),
+            state.fuses,
+            now_us=now_us,
+            price_book=book.version,
+        )
+
+    def rollup(self, scope: str, as_of: int, now_us: int) -> Rollup | None:
+        """Return this partition's share of a shared scope; None for an agent's, which is nobody else's."""
+        cause = self.causes.get(scope)
+        if scope_kind(scope) == "agent" or cause is None:
+            return None
+        spend = self.state(scope).spend
+        spend.release_expired(now_us)
+        nanos, tokens = spend.held(now_us)
+        return Rollup.model_construct(  # our own integers: validated where they are read
+            v=1,
+            scope=scope,
+            partition=self.partition,
+            as_of=as_of,
+            windows=spend.windows,
+            rolling=spend.rolling,
+            held_nanos=nanos,
+            held_tokens=tokens,
+            first_us=spend.first_us,
+            newest_us=spend.newest_us,
+            cause=Cause.model_construct(
+                usage_id=cause.usage_id,
+                ts=from_us(cause.ts_us),
+                partition=cause.partition,
+                offset=cause.offset,
+                produced_at_ms=cause.produced_at_ms,
+            ),
+        )
+
+
+def _gather(into: Effects, effects: Effects | None) -> None:
+    if effects is not None:
+        into.commands += effects.commands
+        into.shadow += effects.shadow
+        into.alerts += effects.alerts
+
+
+def _entry(kind: str, step: _Step) -> LedgerEntry:
+    charge = step.charge
+    # model_construct: every value was validated at the intake or computed here from validated integers.
+    return LedgerEntry.model_construct(
+        kind=kind,
+        topic=USAGE.name,
+        partition=step.origin.partition,
+        offset=step.origin.offset,
+        index=step.origin.nth,
+        at=from_us(step.now_us),
+        late=step.late,
+        usage=step.usage,
+        charge=WireCharge.model_construct(
+            cost_nanos=charge.cost_nanos,
+            currency=charge.currency,
+            price_book=charge.price_book,
+            priced_by=charge.priced_by,
+            rates=list(charge.rates),
+            tier_known=charge.tier_known,
+        ),
+    )
+
+
+def _unknown_alert(agent: str, model: str, step: _Step) -> Alert:
+    digest = usage_digest(step.usage, f"unknown-model {model}")
+    return Alert(
+        id=(digest + b"\0\0\0\0").hex(),
+        ts=from_us(step.now_us),
+        kind="unknown_model",
+        severity="warning",
+        scope=agent,
+        usage_id=step.usage.id,
+        message=f"{agent} used {model}, which has no price; it is charged at the dearest rate of its provider."[:512],
+    )

@@ -1,0 +1,101 @@
+"""Which budgets speak to a scope: compiled once for each scope, thrown away when a budget changes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
+
+from spendfuse.engine.spend import Plan
+from spendfuse.wire.budget import BASIS_POINTS, Budget, Cap, WorkspaceSettings
+from spendfuse.wire.scopes import matches, scope_kind, scope_workspace
+
+BASE_KINDS: Final = ("hour", "day", "month")
+SCOPE_CACHE_MAX: Final = 200_000
+GRACE_S_DEFAULT: Final = 3_600
+UnknownModel = Literal["ceiling", "deny", "warn"]
+
+
+class Threshold(NamedTuple):
+    """At which fraction of a cap (1/10,000) which action is taken."""
+
+    fraction: int
+    action: Literal["warn", "degrade", "halt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One cap of one budget as it applies to one scope; thresholds in growing order."""
+
+    budget: Budget
+    cap: Cap
+    thresholds: tuple[Threshold, ...]
+
+    @property
+    def key(self) -> str:
+        """Return `budget|cap`, under which a scope's state keeps this fuse."""
+        return f"{self.budget.id}|{self.cap.id}"
+
+    @property
+    def in_tokens(self) -> bool:
+        """Say whether the cap counts tokens rather than money."""
+        return self.cap.unit == "tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class ScopePolicy:
+    """All that the budgets say about one scope."""
+
+    plan: Plan
+    limits: tuple[Limit, ...]
+    deny_unknown: tuple[Budget, ...]
+    warn_unknown: bool
+
+
+class Policies:
+    """The budgets and workspace zones in force; immutable, replaced as a whole on each change."""
+
+    def __init__(self, budgets: Iterable[Budget] = (), workspaces: Iterable[WorkspaceSettings] = ()) -> None:
+        """Take the budgets in force."""
+        self.budgets = {budget.id: budget for budget in budgets}
+        self.zones = {settings.workspace: settings.timezone for settings in workspaces}
+        self._scopes: dict[str, ScopePolicy] = {}
+
+    def of(self, scope: str) -> ScopePolicy:
+        """Return what applies to a scope."""
+        policy = self._scopes.get(scope)
+        if policy is None:
+            if len(self._scopes) >= SCOPE_CACHE_MAX:
+                self._scopes.clear()
+            policy = self._scopes[scope] = self._compile(scope)
+        return policy
+
+    def _compile(self, scope: str) -> ScopePolicy:
+        budgets = [budget for budget in self.budgets.values() if matches(budget.scope, scope)]
+        budgets.sort(key=lambda budget: budget.id)
+        zone = self.zones.get(scope_workspace(scope), "UTC")
+        calendar = {(kind, zone): None for kind in BASE_KINDS}  # a dict keeps the order, and each pair once
+        rolling: dict[int, None] = {}
+        limits: list[Limit] = []
+        for budget in budgets:
+            for cap in budget.caps:
+                if cap.window.rolling_s is not None:
+                    rolling[cap.window.rolling_s] = None
+                elif cap.window.kind != "run":
+                    calendar[(cap.window.kind, budget.timezone)] = None
+                limits.append(Limit(budget, cap, _thresholds(cap)))
+        grace_s = max((budget.grace_s for budget in budgets), default=GRACE_S_DEFAULT)
+        return ScopePolicy(
+            Plan(tuple(calendar), tuple(rolling), scope_kind(scope) == "run", grace_s * 1_000_000),
+            tuple(limits),
+            tuple(budget for budget in budgets if budget.unknown_model == "deny"),
+            any(budget.unknown_model == "warn" for budget in budgets),
+        )
+
+
+def _thresholds(cap: Cap) -> tuple[Threshold, ...]:
+    found = [Threshold(fraction, "warn") for fraction in cap.warn]
+    if cap.degrade is not None:
+        found.append(Threshold(cap.degrade.at, "degrade"))
+    if cap.halt:
+        found.append(Threshold(BASIS_POINTS, "halt"))
+    order = {"warn": 0, "degrade": 1, "halt": 2}
+    return tuple(sorted(found, key=lambda threshold: (threshold.fraction, order[threshold.action])))

@@ -1,0 +1,63 @@
+"""The rollup: a shared scope's total is the sum of its partitions' cumulative shares.
+
+A share overwrites what its partition said before, and an older one never replaces a newer one: a grow-only counter,
+so that a replay changes nothing.
+"""
+
+from spendfuse.engine.decide import CausedBy, Effects, Held, decide, reconsider
+from spendfuse.engine.policies import Policies
+from spendfuse.engine.spend import Spend, merged
+from spendfuse.engine.state import Part, SharedState
+from spendfuse.wire.base import to_us
+from spendfuse.wire.rollup import Rollup
+
+
+def apply_rollup(
+    state: SharedState, rollup: Rollup, policies: Policies, *, now_us: int, price_book: str
+) -> tuple[bool, Effects | None]:
+    """Take in one partition's share; return whether it was news, and what follows from the new total."""
+    known = state.parts.get(rollup.partition)
+    if known is not None and rollup.as_of < known.as_of:
+        return False, None
+    state.parts[rollup.partition] = Part(
+        rollup.as_of,
+        Spend(rollup.windows, rollup.rolling, {}, rollup.first_us, rollup.newest_us),
+        rollup.held_nanos,
+        rollup.held_tokens,
+    )
+    policy = policies.of(rollup.scope)
+    if not policy.limits:
+        return True, None
+    cause = rollup.cause
+    return True, decide(
+        rollup.scope,
+        policy,
+        merged(part.spend for part in state.parts.values()),
+        held_by(state),
+        state.fuses,
+        CausedBy(cause.usage_id, to_us(cause.ts), cause.partition, cause.offset, cause.produced_at_ms),
+        now_us=now_us,
+        price_book=price_book,
+        every_window=True,
+    )
+
+
+def reconsider_shared(
+    scope: str, state: SharedState, policies: Policies, *, now_us: int, price_book: str
+) -> Effects | None:
+    """Judge a shared scope again after budgets changed."""
+    return reconsider(
+        scope,
+        policies.of(scope),
+        merged(part.spend for part in state.parts.values()),
+        held_by(state),
+        state.fuses,
+        now_us=now_us,
+        price_book=price_book,
+    )
+
+
+def held_by(state: SharedState) -> Held:
+    """Return the calls in flight of all partitions, as last published."""
+    parts = state.parts.values()
+    return Held(sum(part.held_nanos for part in parts), sum(part.held_tokens for part in parts))

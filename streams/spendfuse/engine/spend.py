@@ -1,0 +1,167 @@
+"""What a scope has spent: sums by window, and the holds of calls in flight.
+
+Totals are lists of three integers, `[nanos, tokens, calls]`: they are added to at every usage.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from spendfuse.engine.windows import (
+    RUN_KEY,
+    RUN_WINDOW,
+    Window,
+    calendar_window,
+    oldest_slot,
+    slot_of,
+    window_of_key,
+)
+
+NANOS: Final = 0
+TOKENS: Final = 1
+CALLS: Final = 2
+Totals = list[int]
+HOLDS_MAX: Final = 10_000
+"""Most calls in flight that one scope remembers on one partition; the next ones are charged, not held."""
+
+
+class Plan(NamedTuple):
+    """Which windows a scope keeps: (kind, zone) pairs, rolling lengths in seconds, and whether it is a run."""
+
+    calendar: tuple[tuple[str, str], ...]
+    rolling: tuple[int, ...]
+    is_run: bool
+    grace_us: int
+
+
+class Hold(NamedTuple):
+    """The most a call in flight may use, until its deadline (microseconds since the epoch)."""
+
+    nanos: int
+    tokens: int
+    deadline_us: int
+
+
+@dataclass(slots=True)
+class Spend:
+    """Sums of one scope; `first_us` and `newest_us` bound the event times seen."""
+
+    windows: dict[str, Totals] = field(default_factory=dict)
+    rolling: dict[int, dict[int, Totals]] = field(default_factory=dict)
+    holds: dict[str, Hold] = field(default_factory=dict)
+    first_us: int = 0
+    newest_us: int = 0
+
+    def add(self, plan: Plan, ts_us: int, now_us: int, nanos: int, tokens: int) -> bool:
+        """Add one charge to every window of its event time; say whether one was missed because it had closed."""
+        missed = False
+        for kind, zone in plan.calendar:
+            window = calendar_window(kind, zone, ts_us)
+            if window.end_us + plan.grace_us <= now_us:
+                missed = True
+            else:
+                self._add_to(window, plan, now_us, nanos, tokens)
+        if plan.is_run:
+            self._add_to(RUN_WINDOW, plan, now_us, nanos, tokens)
+        for rolling_s in plan.rolling:
+            self._add_to_slot(rolling_s, ts_us, now_us, nanos, tokens)
+        if not self.first_us or ts_us < self.first_us:
+            self.first_us = ts_us
+        self.newest_us = max(self.newest_us, ts_us)
+        return missed
+
+    def _add_to(self, window: Window, plan: Plan, now_us: int, nanos: int, tokens: int) -> None:
+        totals = self.windows.get(window.key)
+        if totals is None:
+            self.prune(plan, now_us)
+            self.windows[window.key] = [nanos, tokens, 1]
+        else:
+            totals[NANOS] += nanos
+            totals[TOKENS] += tokens
+            totals[CALLS] += 1
+
+    def _add_to_slot(self, rolling_s: int, ts_us: int, now_us: int, nanos: int, tokens: int) -> None:
+        slot = slot_of(rolling_s, ts_us)
+        oldest = oldest_slot(rolling_s, now_us)
+        if slot < oldest:
+            return
+        slots = self.rolling.setdefault(rolling_s, {})
+        totals = slots.get(slot)
+        if totals is None:
+            for old in [key for key in slots if key < oldest]:
+                del slots[old]
+            slots[slot] = [nanos, tokens, 1]
+        else:
+            totals[NANOS] += nanos
+            totals[TOKENS] += tokens
+            totals[CALLS] += 1
+
+    def prune(self, plan: Plan, now_us: int) -> None:
+        """Drop the windows that have closed for good; the hour before the running one stays, for the burn rate."""
+        keep_us = max(plan.grace_us, 3_600_000_000)
+        for key in [key for key in self.windows if window_of_key(key).end_us + keep_us <= now_us]:
+            del self.windows[key]
+
+    def hold(self, call_id: str, hold: Hold, now_us: int) -> bool:
+        """Remember a call in flight; say whether there was room."""
+        if call_id not in self.holds and len(self.holds) >= HOLDS_MAX:
+            self.release_expired(now_us)
+            if len(self.holds) >= HOLDS_MAX:
+                return False
+        self.holds[call_id] = hold
+        return True
+
+    def settle(self, call_id: str) -> None:
+        """Forget the hold of a call that has finished."""
+        self.holds.pop(call_id, None)
+
+    def release_expired(self, now_us: int) -> None:
+        """Forget holds whose deadline has passed."""
+        for call_id in [key for key, hold in self.holds.items() if hold.deadline_us <= now_us]:
+            del self.holds[call_id]
+
+    def held(self, now_us: int) -> tuple[int, int]:
+        """Return (nanos, tokens) of the calls in flight."""
+        nanos = tokens = 0
+        for hold in self.holds.values():
+            if hold.deadline_us > now_us:
+                nanos += hold.nanos
+                tokens += hold.tokens
+        return nanos, tokens
+
+    def in_window(self, key: str) -> Totals:
+        """Return the sums of a calendar window or of the run; zeros when nothing was spent in it."""
+        return self.windows.get(key) or [0, 0, 0]
+
+    def in_rolling(self, rolling_s: int, now_us: int) -> Totals:
+        """Return the sums of the last `rolling_s` seconds."""
+        oldest = oldest_slot(rolling_s, now_us)
+        sums = [0, 0, 0]
+        for slot, totals in self.rolling.get(rolling_s, {}).items():
+            if slot >= oldest:  # a slot ahead of the clock counts too: an emitter's skew must not hide spend
+                for index, value in enumerate(totals):
+                    sums[index] += value
+        return sums
+
+
+def merged(parts: Iterable[Spend]) -> Spend:
+    """Return the sum of several partitions' spend of one scope (a grow-only counter's value); holds are not summed."""
+    whole = Spend()
+    for part in parts:
+        for key, totals in part.windows.items():
+            known = whole.windows.setdefault(key, [0, 0, 0])
+            for index, value in enumerate(totals):
+                known[index] += value
+        for rolling_s, slots in part.rolling.items():
+            whole_slots = whole.rolling.setdefault(rolling_s, {})
+            for slot, totals in slots.items():
+                known = whole_slots.setdefault(slot, [0, 0, 0])
+                for index, value in enumerate(totals):
+                    known[index] += value
+        if part.first_us and (not whole.first_us or part.first_us < whole.first_us):
+            whole.first_us = part.first_us
+        whole.newest_us = max(whole.newest_us, part.newest_us)
+    return whole
+
+
+__all__ = ["CALLS", "NANOS", "RUN_KEY", "TOKENS", "Hold", "Plan", "Spend", "Totals", "merged"]

@@ -1,0 +1,55 @@
+"""The state of a scope: what it spent, how far each source was read, and its fuses."""
+
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from spendfuse.engine.spend import Spend
+
+NOTED_MAX: Final = 256
+"""Most unknown models that one agent's state remembers having reported."""
+
+
+class Fired(NamedTuple):
+    """The highest threshold that fired in one window (1/10,000 of the cap), and until when it stands."""
+
+    fraction: int
+    until_us: int
+
+
+@dataclass(slots=True)
+class Fuse:
+    """One cap of one scope: the sequence of its last command, and what fired by window key."""
+
+    seq: int = 0
+    fired: dict[str, Fired] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ScopeState:
+    """A scope on one packed partition: sums and watermarks under one key, so that they are durable together.
+
+    `marks` holds, for each partition of `usage.v1`, the position up to which its usage is in the sums.
+    """
+
+    marks: dict[int, int] = field(default_factory=dict)
+    spend: Spend = field(default_factory=Spend)
+    fuses: dict[str, Fuse] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Part:
+    """One packed partition's share of a shared scope, as of an offset of `usage.packed.v1`."""
+
+    as_of: int
+    spend: Spend
+    held_nanos: int = 0
+    held_tokens: int = 0
+
+
+@dataclass(slots=True)
+class SharedState:
+    """A team, workspace or run tree: each partition's cumulative share, overwritten and never added."""
+
+    parts: dict[int, Part] = field(default_factory=dict)
+    fuses: dict[str, Fuse] = field(default_factory=dict)

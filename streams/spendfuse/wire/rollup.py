@@ -1,0 +1,30 @@
+"""Rollups: one packed partition's cumulative share of a shared scope."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from spendfuse.wire.base import Amount, Offset, Partition, Scope, WireModel
+from spendfuse.wire.control import Cause
+
+WindowKey = Annotated[str, Field(max_length=96, pattern=r"^(run|(hour|day|week|month)@[A-Za-z0-9_+/-]+@-?\d+)$")]
+Sums = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)]
+
+
+class Rollup(WireModel):
+    """A partition's totals of a scope as of an offset of `usage.packed.v1` (`rollups.v1`, key = scope).
+
+    Totals are cumulative `[nanos, tokens, calls]`: they replace what the partition said before. Holds are a gauge.
+    """
+
+    v: Literal[1] = 1
+    scope: Scope
+    partition: Partition
+    as_of: Offset
+    windows: Annotated[dict[WindowKey, Sums], Field(max_length=512)]
+    rolling: Annotated[dict[int, dict[int, Sums]], Field(max_length=64)] = Field(default_factory=dict)
+    held_nanos: Amount = 0
+    held_tokens: Amount = 0
+    first_us: int = 0
+    newest_us: int = 0
+    cause: Cause
