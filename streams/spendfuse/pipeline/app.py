@@ -1,0 +1,272 @@
+"""The one place that wires topics, tables and agents."""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import faust
+from mode import CrashingSupervisor, Service
+
+from spendfuse.adapters import price_book_file
+from spendfuse.client.clock import Clock, parse_clock
+from spendfuse.client.keys import Signer
+from spendfuse.pipeline import faust_cures
+from spendfuse.pipeline.feed import PolicyFeed
+from spendfuse.pipeline.meter import MeterStage, MeterTables
+from spendfuse.pipeline.publish import Publisher
+from spendfuse.pipeline.records import Delivery, SourceRecord
+from spendfuse.pipeline.rollup import RollupStage
+from spendfuse.pipeline.services import KafkaOutbox, Services
+from spendfuse.settings import BrokerSettings, ClockSettings, SettingsError, WorkerSettings
+from spendfuse.wire.prices import PriceBookFile
+from spendfuse.wire.topics import PACKED, ROLLUPS, Topic
+
+RAW: Final = {"key_type": bytes, "value_type": bytes, "key_serializer": "raw", "value_serializer": "raw"}
+SECONDS_PER_MS: Final = 0.001
+COMMIT_INTERVAL_S: Final = 1.0
+POLL_RECORDS_MAX: Final = 1_000
+
+
+class FaustTable:
+    """A plain Faust table as the stages use it."""
+
+    def __init__(self, table: Any) -> None:
+        """Wrap a table of bytes to bytes."""
+        self._table = table
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value of a key."""
+        value: bytes | None = self._table.data.get(key)
+        return value
+
+    def keys(self) -> list[bytes]:
+        """Return the keys held, of every partition."""
+        return list(self._table.data.keys())
+
+    def write(self, partition: int, key: bytes, value: bytes) -> Delivery:
+        """Set a key, and send its changelog record."""
+        self._table.data[key] = value
+        delivery: Delivery = self._table.send_changelog(partition, key, value)
+        return delivery
+
+
+def create_app(
+    broker: BrokerSettings,
+    settings: WorkerSettings,
+    clocks: ClockSettings,
+    on_ready: Callable[[], None] = lambda: None,
+) -> Any:
+    """Return the worker's Faust app: intake, meter, rollup, recorder and heartbeats.
+
+    Raises `SettingsError` for a missing or unreadable signing key or price book.
+    """
+    faust_cures.install(broker.fetch_max_wait_ms)
+    clock = parse_clock(clocks.clock)
+    app = _faust_app(broker, settings)
+    outbox = KafkaOutbox(broker)
+    feed = PolicyFeed(_price_book(settings))
+    publisher = Publisher(outbox, _signer(settings), settings.partitions)
+    emitter = f"{settings.app_id}/{socket.gethostname()[:48]}/{os.getpid()}"
+    services = Services(
+        broker=broker,
+        settings=settings,
+        outbox=outbox,
+        publisher=publisher,
+        feed=feed,
+        clock=clock,
+        emitter=emitter,
+    )
+    services.on_ready = on_ready
+    services.is_live = lambda: not app.tables.recovery.in_recovery
+    meter, rollup = _agents(app, settings, publisher, feed, clock, services)
+    _run_beside(app, services, settings, meter, rollup)
+    return app
+
+
+def _faust_app(broker: BrokerSettings, settings: WorkerSettings) -> Any:
+    return faust.App(
+        settings.app_id,
+        broker=[f"kafka://{server}" for server in broker.bootstrap_servers.split(",")],
+        broker_credentials=_credentials(broker),
+        broker_session_timeout=broker.session_timeout_ms * SECONDS_PER_MS,
+        broker_rebalance_timeout=broker.rebalance_timeout_ms * SECONDS_PER_MS,
+        broker_heartbeat_interval=broker.heartbeat_interval_ms * SECONDS_PER_MS,
+        broker_commit_interval=COMMIT_INTERVAL_S,
+        broker_max_poll_records=POLL_RECORDS_MAX,
+        stream_wait_empty=False,
+        producer_linger=0,
+        producer_max_batch_size=broker.producer_max_batch_size,
+        producer_acks=-1,
+        topic_partitions=settings.partitions,
+        topic_replication_factor=settings.replication,
+        topic_disable_leader=True,
+        table_standby_replicas=0,
+        agent_supervisor=CrashingSupervisor,
+        store="memory://",
+        datadir=settings.data_dir,
+        web_enabled=False,
+        worker_redirect_stdouts=False,
+    )
+
+
+def _credentials(broker: BrokerSettings) -> Any:
+    if broker.security_protocol == "PLAINTEXT":
+        return None
+    from aiokafka.helpers import create_ssl_context  # noqa: PLC0415 - needed only where the wire is encrypted
+
+    context = create_ssl_context(cafile=broker.ssl_cafile or None) if "SSL" in broker.security_protocol else None
+    if "SASL" not in broker.security_protocol:
+        return faust.SSLCredentials(context)
+    return faust.SASLCredentials(
+        mechanism=broker.sasl_mechanism,
+        username=broker.sasl_username,
+        password=broker.sasl_password.get_secret_value(),
+        ssl_context=context,
+    )
+
+
+def _price_book(settings: WorkerSettings) -> PriceBookFile:
+    if not settings.price_book_file:
+        return price_book_file.shipped()
+    return price_book_file.load(Path(settings.price_book_file))
+
+
+def _signer(settings: WorkerSettings) -> Signer | None:
+    key = settings.signing_key.get_secret_value()
+    if key:
+        try:
+            return Signer.parse(key)
+        except ValueError as error:
+            raise SettingsError(f"SPENDFUSE_SIGNING_KEY cannot be used: {error}") from error
+    if settings.unsigned_commands:
+        return None
+    raise SettingsError(
+        "SPENDFUSE_SIGNING_KEY or SPENDFUSE_SIGNING_KEY_FILE must hold the key that signs commands "
+        "(make one with `spendfuse keys new`); SPENDFUSE_UNSIGNED_COMMANDS=true does without, in development only"
+    )
+
+
+def _topic(app: Any, topic: Topic, partitions: int) -> Any:
+    return app.topic(topic.name, partitions=partitions, internal=False, **RAW)
+
+
+def _agents(
+    app: Any, settings: WorkerSettings, publisher: Publisher, feed: PolicyFeed, clock: Clock, services: Services
+) -> tuple[MeterStage, RollupStage]:
+    def table(name: str) -> FaustTable:
+        return FaustTable(app.Table(name, key_type=bytes, value_type=bytes, partitions=settings.partitions))
+
+    def generation() -> int:
+        number: int = app.consumer_generation_id
+        return number
+
+    meter = MeterStage(
+        tables=MeterTables(table("scopes"), table("ids")),
+        publisher=publisher,
+        feed=feed,
+        clock=clock,
+        generation=generation,
+    )
+    rollup = RollupStage(table=table("shared"), publisher=publisher, feed=feed, clock=clock, generation=generation)
+
+    async def meter_agent(stream: Any) -> None:
+        async for record in _records(stream, services):
+            await meter.on_record(record)
+
+    async def rollup_agent(stream: Any) -> None:
+        async for record in _records(stream, services):
+            await rollup.on_record(record)
+
+    app.agent(_topic(app, PACKED, settings.partitions), name="meter")(meter_agent)
+    app.agent(_topic(app, ROLLUPS, settings.partitions), name="rollup")(rollup_agent)
+    return meter, rollup
+
+
+async def _records(stream: Any, services: Services) -> AsyncIterator[SourceRecord]:
+    """Yield the records of a stream once budgets and prices are known; each is acknowledged by its stage."""
+    await services.informed.wait()
+    async for event in stream.noack().events():
+        message = event.message
+        yield SourceRecord(
+            message.topic,
+            message.partition,
+            message.offset,
+            int((message.timestamp or 0) * 1_000),
+            message.key,
+            message.value,
+            event.ack,
+        )
+
+
+class _Beside(Service):
+    """What runs beside the agents; a task that fails ends the worker."""
+
+    services: Services
+    meter: MeterStage
+    rollup: RollupStage
+    flush_s: float
+    owned: Callable[[Topic], set[int]]
+
+    async def on_start(self) -> None:
+        await self.services.start()
+
+    async def on_stop(self) -> None:
+        await self.services.stop()
+
+    @Service.task
+    async def intake(self) -> None:
+        await self.services.intake()
+
+    @Service.task
+    async def announce(self) -> None:
+        await self.services.announce()
+
+    @Service.task
+    async def recorder(self) -> None:
+        await self.services.recorder()
+
+    @Service.task
+    async def heartbeats(self) -> None:
+        await self.services.heartbeats()
+
+    @Service.task
+    async def flush_meter(self) -> None:
+        while not self.should_stop:
+            await asyncio.sleep(self.flush_s)
+            await self.meter.flush()
+
+    @Service.task
+    async def flush_rollup(self) -> None:
+        while not self.should_stop:
+            await asyncio.sleep(self.flush_s)
+            await self.rollup.flush()
+
+    @Service.task
+    async def follow_budgets(self) -> None:
+        while not self.should_stop:
+            await self.services.budgets_changed.wait()
+            self.services.budgets_changed.clear()
+            await self.meter.flush()
+            await self.rollup.flush()
+            await self.meter.reconsider(self.owned(PACKED))
+            await self.rollup.reconsider(self.owned(ROLLUPS))
+
+
+def _run_beside(app: Any, services: Services, settings: WorkerSettings, meter: MeterStage, rollup: RollupStage) -> None:
+    """Tie the services to the app's life."""
+
+    def owned(topic: Topic) -> set[int]:
+        return {partition for name, partition in app.consumer.assignment() if name == topic.name}
+
+    # Faust makes the service itself, so its parts come as attributes of its class.
+    parts = {
+        "services": services,
+        "meter": meter,
+        "rollup": rollup,
+        "flush_s": settings.flush_interval_ms * SECONDS_PER_MS,
+        "owned": staticmethod(owned),
+    }
+    app.service(type("Beside", (_Beside,), parts))

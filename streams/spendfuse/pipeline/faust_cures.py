@@ -1,0 +1,62 @@
+"""Two defects of faust-streaming 0.15.3, cured from outside, and the proof that this is the version they are for.
+
+1. Recovery loses source events: `Recovery.on_recovery_completed` resumes the source partitions, then awaits a seek,
+   then clears the agents' queues; what was queued in between vanishes and is committed. The cure stops the flow
+   before it starts; Faust resumes it itself, after its seek.
+2. `fetch_max_wait_ms` is written out as 1500 in the worker's consumer: on a broker that does not wake a waiting
+   fetch, every event waits up to that long.
+"""
+
+import hashlib
+import inspect
+from typing import Any, Final
+
+import aiokafka
+from faust.tables.recovery import Recovery
+
+RECOVERY_SHA256: Final = "6ef567acf072e46da3fccbccc6d662371f634f622c3d510972d5df81f70ae3ac"
+"""Of the source of `Recovery.on_recovery_completed` that the first cure was proved on."""
+FAUST_FETCH_MAX_WAIT_MS: Final = 1_500
+
+_original_recovery_completed = Recovery.on_recovery_completed
+_original_consumer_init = aiokafka.AIOKafkaConsumer.__init__
+
+
+class CureMismatchError(Exception):
+    """Faust's source differs from the one the cures were proved on."""
+
+
+def recovery_sha256() -> str:
+    """Return the hash of the function that the first cure wraps."""
+    return hashlib.sha256(inspect.getsource(_original_recovery_completed).encode()).hexdigest()
+
+
+async def _recovery_completed(self: Any, generation_id: int = 0) -> None:
+    self.app.consumer.stop_flow()
+    await _original_recovery_completed(self, generation_id)
+
+
+def install(fetch_max_wait_ms: int) -> None:
+    """Install both cures; calling it again only changes the fetch wait.
+
+    Raises `CureMismatchError` when Faust is not the version they were proved on.
+    """
+    if recovery_sha256() != RECOVERY_SHA256:
+        raise CureMismatchError(
+            "Recovery.on_recovery_completed differs from faust-streaming 0.15.3: install that version, "
+            "or prove the cure anew (tests/faults) and write down the new hash"
+        )
+
+    def consumer_init(self: Any, *topics: str, **options: Any) -> None:
+        if options.get("fetch_max_wait_ms") == FAUST_FETCH_MAX_WAIT_MS:
+            options["fetch_max_wait_ms"] = fetch_max_wait_ms
+        _original_consumer_init(self, *topics, **options)
+
+    Recovery.on_recovery_completed = _recovery_completed  # type: ignore[method-assign]  # the cure itself
+    aiokafka.AIOKafkaConsumer.__init__ = consumer_init
+
+
+def uninstall() -> None:
+    """Take both cures out, as a test that must fail without them does."""
+    Recovery.on_recovery_completed = _original_recovery_completed  # type: ignore[method-assign]  # the same
+    aiokafka.AIOKafkaConsumer.__init__ = _original_consumer_init

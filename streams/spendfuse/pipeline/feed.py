@@ -1,0 +1,103 @@
+"""Budgets and prices in force, followed live from their compacted topics."""
+
+from collections.abc import Callable
+from typing import Final
+
+from pydantic import TypeAdapter, ValidationError
+
+from spendfuse.engine.policies import Policies
+from spendfuse.engine.prices import PriceBook
+from spendfuse.wire.budget import Budget, WorkspaceSettings
+from spendfuse.wire.prices import PriceBookFile, PriceOverride
+
+BUDGETS_MAX: Final = 100_000
+OVERRIDES_MAX: Final = 10_000
+WORKSPACE_KEY: Final = "workspace/"
+_BUDGET_RECORD: Final[TypeAdapter[Budget | WorkspaceSettings]] = TypeAdapter(Budget | WorkspaceSettings)
+
+
+def budget_key(record: Budget | WorkspaceSettings) -> str:
+    """Return the Kafka key of a record of `budgets.v1`."""
+    return record.id if isinstance(record, Budget) else WORKSPACE_KEY + record.workspace
+
+
+def decode_budget(key: bytes | None, value: bytes) -> Budget | WorkspaceSettings:
+    """Return a record of `budgets.v1`.
+
+    Raises `ValueError` (a `ValidationError` is one) with what is wrong.
+    """
+    record = _BUDGET_RECORD.validate_json(value)
+    if key is None or key.decode("utf-8", "replace") != budget_key(record):
+        raise ValueError(f"the key of a budgets.v1 record must be {budget_key(record)!r}")
+    return record
+
+
+class PolicyFeed:
+    """What the compacted topics say now: `policies` and `book` are replaced as a whole on each change.
+
+    A record that cannot be read is refused and what was in force stays in force.
+    """
+
+    def __init__(self, book_file: PriceBookFile, on_change: Callable[[], None] = lambda: None) -> None:
+        """Start with a price book and no budgets."""
+        self.policies = Policies()
+        self.book = PriceBook.compile(book_file)
+        self.on_change = on_change
+        self._file = book_file
+        self._budgets: dict[str, Budget] = {}
+        self._workspaces: dict[str, WorkspaceSettings] = {}
+        self._overrides: dict[str, PriceOverride] = {}
+
+    def budget_record(self, key: bytes | None, value: bytes | None) -> str | None:
+        """Take in one record of `budgets.v1`; return why it was refused, or None."""
+        name = (key or b"").decode("utf-8", "replace")
+        if value is None:
+            known = self._budgets.pop(name, None)
+            gone = self._workspaces.pop(name.removeprefix(WORKSPACE_KEY), None) if WORKSPACE_KEY in name else None
+            if known is not None or gone is not None:
+                self._budgets_changed()
+            return None
+        try:
+            record = decode_budget(key, value)
+        except ValueError as error:
+            return _reason(error)
+        if isinstance(record, WorkspaceSettings):
+            self._workspaces[record.workspace] = record
+        elif len(self._budgets) >= BUDGETS_MAX and record.id not in self._budgets:
+            return f"more than {BUDGETS_MAX} budgets: {record.id} is not in force"
+        else:
+            self._budgets[record.id] = record
+        self._budgets_changed()
+        return None
+
+    def price_record(self, key: bytes | None, value: bytes | None) -> str | None:
+        """Take in one record of `prices.v1`; return why it was refused, or None."""
+        name = (key or b"").decode("utf-8", "replace")
+        if value is None:
+            changed = self._overrides.pop(name, None) is not None
+        else:
+            try:
+                override = PriceOverride.model_validate_json(value)
+            except ValidationError as error:
+                return _reason(error)
+            if override.id != name:
+                return f"the key of a prices.v1 record must be its id, {override.id!r}"
+            if len(self._overrides) >= OVERRIDES_MAX and name not in self._overrides:
+                return f"more than {OVERRIDES_MAX} price overrides: {name} is not in force"
+            changed = self._overrides.get(name) != override
+            self._overrides[name] = override
+        if changed:
+            self.book = PriceBook.compile(self._file, list(self._overrides.values()))
+            self.on_change()
+        return None
+
+    def _budgets_changed(self) -> None:
+        self.policies = Policies(self._budgets.values(), self._workspaces.values())
+        self.on_change()
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        faults = error.errors(include_input=False, include_url=False)
+        return "; ".join(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in faults[:5])
+    return str(error)

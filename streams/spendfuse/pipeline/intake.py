@@ -1,0 +1,173 @@
+"""The intake: any bytes of `usage.v1` in; validated, routed and packed usage out, and the rest to the dead letters.
+
+It never overtakes itself: a round's sends are all acknowledged before the next round is sent, with at most one packed
+message for each partition in a round; a failed send ends the process (design.md section 6).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from pydantic import ValidationError
+
+from spendfuse.pipeline.records import SourceRecord
+from spendfuse.pipeline.routing import partition_of
+from spendfuse.wire.base import to_us
+from spendfuse.wire.packed import PACKED_MAX
+from spendfuse.wire.usage import PACK_MAX, Usage, decode_usages, strip_confluent_prefix
+
+ROUND_BYTES_MAX: Final = 400_000
+"""Most bytes of one packed message: its ledger batch, which adds the charges, still fits one record."""
+FAULTS_MAX: Final = 5
+_HEAD: Final = b'{"v":1,"usages":['
+_TAIL: Final = b"]}"
+
+
+class DeadLetter(NamedTuple):
+    """Something refused: the record it came in, the reason, and the part of it when it was a pack."""
+
+    record: SourceRecord
+    reason: str
+    value: bytes | None
+    nth: int
+
+
+class Limits(NamedTuple):
+    """How old and how far ahead of the clock a usage may be, in microseconds."""
+
+    age_us_max: int
+    ahead_us_max: int
+
+
+@dataclass(slots=True)
+class Round:
+    """What is sent together: at most one packed message for each partition, and the dead letters."""
+
+    packed: dict[int, bytes] = field(default_factory=dict)
+    dead: list[DeadLetter] = field(default_factory=list)
+    usages: int = 0
+
+
+class _Packing:
+    """One partition's message in the making."""
+
+    __slots__ = ("count", "parts", "size")
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.size = 0
+        self.count = 0
+
+    def add(self, part: bytes) -> None:
+        self.parts.append(part)
+        self.size += len(part) + 1
+        self.count += 1
+
+    @property
+    def full(self) -> bool:
+        return self.size >= ROUND_BYTES_MAX or self.count >= PACKED_MAX
+
+    def value(self) -> bytes:
+        return _HEAD + b",".join(self.parts) + _TAIL
+
+
+def rounds(records: Sequence[SourceRecord], partitions: int, limits: Limits, now_us: int) -> Iterator[Round]:
+    """Yield the rounds that records lead to, in order; total over any bytes."""
+    packing: dict[int, _Packing] = {}
+    current = Round()
+    for record in records:
+        for nth, usage, dead in _usages(record, limits, now_us):
+            if usage is None:
+                if dead is not None:
+                    current.dead.append(dead)
+                continue
+            current.usages += 1
+            partition = partition_of(usage.agent_path, partitions)
+            pack = packing.setdefault(partition, _Packing())
+            pack.add(_packed(record, nth, usage))
+            if pack.full:
+                current.packed = {number: each.value() for number, each in packing.items()}
+                yield current
+                packing, current = {}, Round()
+    if packing or current.dead:
+        current.packed = {number: each.value() for number, each in packing.items()}
+        yield current
+
+
+def _packed(record: SourceRecord, nth: int, usage: Usage) -> bytes:
+    head = f'{{"p":{record.partition},"o":{record.offset},"i":{nth},"t":{max(record.timestamp_ms, -1)},"u":'
+    return head.encode() + usage.model_dump_json(exclude_none=True).encode() + b"}"
+
+
+def _usages(record: SourceRecord, limits: Limits, now_us: int) -> Iterator[tuple[int, Usage | None, DeadLetter | None]]:
+    if not record.value:
+        yield 0, None, DeadLetter(record, "the record has no value", None, 0)
+        return
+    try:
+        usages = decode_usages(record.value)
+    except ValidationError as error:
+        yield from _salvaged(record, error, limits, now_us)
+        return
+    single = len(usages) == 1
+    for nth, usage in enumerate(usages):
+        fault = _fault_of_time(usage, limits, now_us)
+        if fault is None:
+            yield nth, usage, None
+        else:
+            value = None if single else usage.model_dump_json(exclude_none=True).encode()
+            yield nth, None, DeadLetter(record, fault, value, nth)
+
+
+def _fault_of_time(usage: Usage, limits: Limits, now_us: int) -> str | None:
+    age_us = now_us - to_us(usage.ts)
+    if age_us > limits.age_us_max:
+        return (
+            f"ts: {usage.ts.isoformat()} is {age_us // 1_000_000} s old; the most is {limits.age_us_max // 1_000_000} s"
+        )
+    if -age_us > limits.ahead_us_max:
+        ahead = f"{-age_us // 1_000_000} s ahead of the clock"
+        return f"ts: {usage.ts.isoformat()} is {ahead}; the most is {limits.ahead_us_max // 1_000_000} s"
+    return None
+
+
+def _salvaged(
+    record: SourceRecord, error: ValidationError, limits: Limits, now_us: int
+) -> Iterator[tuple[int, Usage | None, DeadLetter | None]]:
+    """Yield the good usages of a pack that has bad ones, and each bad one by itself; else the whole record."""
+    items = _pack_items(record.value or b"")
+    if items is None:
+        yield 0, None, DeadLetter(record, reason(error), None, 0)
+        return
+    for nth, item in enumerate(items):
+        text = json.dumps(item, ensure_ascii=False).encode("utf-8", "replace")
+        try:
+            usage = Usage.model_validate_json(text)
+        except ValidationError as fault:
+            yield nth, None, DeadLetter(record, reason(fault), text, nth)
+            continue
+        late = _fault_of_time(usage, limits, now_us)
+        yield (nth, usage, None) if late is None else (nth, None, DeadLetter(record, late, text, nth))
+
+
+def _pack_items(value: bytes) -> list[object] | None:
+    try:
+        pack = json.loads(strip_confluent_prefix(value))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(pack, dict) or set(pack) - {"v", "usages"} or pack.get("v", 1) != 1:
+        return None
+    items = pack.get("usages")
+    return items if isinstance(items, list) and 1 <= len(items) <= PACK_MAX else None
+
+
+def reason(error: ValidationError) -> str:
+    """Return what is wrong with a message in one line: each field at fault, without its value."""
+    faults = error.errors(include_input=False, include_url=False, include_context=False)
+    # A union names each of its members in the location; a person wants the field.
+    lines = []
+    for fault in faults[:FAULTS_MAX]:
+        field = ".".join(str(part) for part in fault["loc"] if part not in ("Usage", "UsagePack"))
+        lines.append(f"{field}: {fault['msg']}" if field else fault["msg"])
+    more = len(faults) - FAULTS_MAX
+    return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,220 @@
+"""The meter's shell: packed messages in; commands at once, everything else durable before the source is acked.
+
+Order of durability: ledger, rollups and commands first, then the state (changelog), then the acknowledgement. So a
+state that says "seen" implies that all it led to is on the broker.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from pydantic import ValidationError
+
+from spendfuse.client.clock import Clock
+from spendfuse.engine.ids import SLOTS, SeenIds
+from spendfuse.engine.meter import Outcome, PartitionMeter
+from spendfuse.engine.state import ScopeState
+from spendfuse.pipeline.codec import decode_scope, encode_scope
+from spendfuse.pipeline.feed import PolicyFeed
+from spendfuse.pipeline.intake import reason
+from spendfuse.pipeline.publish import Publisher
+from spendfuse.pipeline.records import Delivery, SourceRecord, Table
+from spendfuse.pipeline.routing import split_state_key, state_key
+from spendfuse.wire.base import from_us
+from spendfuse.wire.control import Command
+from spendfuse.wire.ledger import LedgerEntry
+from spendfuse.wire.packed import Packed
+
+UNACKED_MAX: Final = 500
+"""Most packed messages whose effects are not yet durable; at this many the meter flushes before it reads on."""
+STATES_MAX: Final = 50_000
+"""Most scopes a partition keeps decoded; beyond it, those that are written are dropped and read back when needed."""
+RECONSIDER_SLICE: Final = 200
+
+
+class MeterTables(NamedTuple):
+    """The meter's tables: sums by scope, and remembered ids by slot of the ring."""
+
+    scopes: Table
+    ids: Table
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What has happened on one partition since the last flush."""
+
+    meter: PartitionMeter
+    as_of: int = -1
+    dirty: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the meter has done since it started."""
+
+    usages: int = 0
+    messages: int = 0
+    replays: int = 0
+    duplicates: int = 0
+    commands: int = 0
+    flushes: int = 0
+
+
+class MeterStage:
+    """The meter of one worker, over all the packed partitions it owns at the moment."""
+
+    def __init__(
+        self,
+        *,
+        tables: MeterTables,
+        publisher: Publisher,
+        feed: PolicyFeed,
+        clock: Clock,
+        generation: Callable[[], int],
+    ) -> None:
+        """Take the ports; `generation` changes whenever partitions are assigned anew."""
+        self.counters = Counters()
+        self._tables = tables
+        self._publisher = publisher
+        self._feed = feed
+        self._clock = clock
+        self._generation = generation
+        self._current = generation()
+        self._partitions: dict[int, _Pending] = {}
+        self._unacked: list[SourceRecord] = []
+        self._deliveries: list[Delivery] = []
+        self._lock = asyncio.Lock()
+
+    async def on_record(self, record: SourceRecord) -> None:
+        """Fold one packed message into the state; flush when too much is not yet durable."""
+        self._drop_if_reassigned()
+        try:
+            usages = Packed.model_validate_json(record.value or b"").usages
+        except ValidationError as error:
+            self._deliveries.append(await self._publisher.dead_letter(record, reason(error)))
+            self._unacked.append(record)
+            return
+        pending = self._pending(record.partition)
+        now_us = self._clock()
+        outcome = pending.meter.apply(usages, self._feed.policies, self._feed.book, now_us)
+        pending.dirty |= outcome.touched
+        pending.as_of = record.offset
+        self._unacked.append(record)
+        self._count(outcome, len(usages))
+        # Commands leave before anything else is done with this message.
+        deliveries = await self._publisher.effects(outcome.effects)
+        entries = outcome.entries + _decisions(outcome.effects.shadow, record, now_us)
+        deliveries += await self._publisher.ledger(record.partition, f"{record.partition}/{record.offset}", entries)
+        self._deliveries += deliveries
+        if len(self._unacked) >= UNACKED_MAX:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Make everything since the last flush durable, then acknowledge its source."""
+        async with self._lock:
+            self._drop_if_reassigned()
+            generation = self._current
+            unacked, self._unacked = self._unacked, []
+            deliveries, self._deliveries = self._deliveries, []
+            if not unacked and not deliveries:
+                return
+            now_us = self._clock()
+            writes: list[tuple[Table, int, bytes, bytes]] = []
+            rollups = []
+            # Taken in one step, before any await: what is written is what led to `deliveries`, and nothing later.
+            for partition, pending in self._partitions.items():
+                for scope in pending.dirty:
+                    rollup = pending.meter.rollup(scope, pending.as_of, now_us)
+                    if rollup is not None:
+                        rollups.append(rollup)
+                    value = encode_scope(pending.meter.state(scope))
+                    writes.append((self._tables.scopes, partition, state_key(partition, scope), value))
+                for slot, value in pending.meter.seen.take_dirty().items():
+                    writes.append((self._tables.ids, partition, state_key(partition, str(slot)), value))
+                pending.dirty.clear()
+            deliveries += [await self._publisher.rollup(rollup) for rollup in rollups]
+            await asyncio.gather(*deliveries)
+            if generation != self._generation():
+                return  # no longer ours: the new owner reads it again, and writes it
+            await asyncio.gather(*(table.write(partition, key, value) for table, partition, key, value in writes))
+            if generation == self._generation():
+                for record in unacked:
+                    record.ack()
+            self.counters.flushes += 1
+            for pending in self._partitions.values():
+                _bound(pending)
+
+    async def reconsider(self, owned: set[int]) -> None:
+        """Judge every agent of the partitions owned again, after budgets or prices changed."""
+        self._drop_if_reassigned()
+        now_us = self._clock()
+        for nth, key in enumerate(self._tables.scopes.keys()):
+            partition, scope = split_state_key(key)
+            if partition in owned and scope.startswith("agent:"):
+                pending = self._pending(partition)
+                effects = pending.meter.reconsider(scope, self._feed.policies, self._feed.book, now_us)
+                if effects is not None:
+                    pending.dirty.add(scope)
+                    self._deliveries += await self._publisher.effects(effects)
+                    self.counters.commands += len(effects.commands)
+            if nth % RECONSIDER_SLICE == 0:
+                await asyncio.sleep(0)  # a command that trips meanwhile must not wait for the end of the list
+
+    def _drop_if_reassigned(self) -> None:
+        generation = self._generation()
+        if generation != self._current:
+            self._partitions, self._unacked, self._deliveries = {}, [], []
+            self._current = generation
+
+    def _pending(self, partition: int) -> _Pending:
+        pending = self._partitions.get(partition)
+        if pending is None:
+            pending = self._partitions[partition] = _Pending(self._open(partition))
+        return pending
+
+    def _open(self, partition: int) -> PartitionMeter:
+        def load(scope: str) -> ScopeState | None:
+            value = self._tables.scopes.get(state_key(partition, scope))
+            return None if value is None else decode_scope(value)
+
+        seen = SeenIds()
+        for slot in range(SLOTS):
+            value = self._tables.ids.get(state_key(partition, str(slot)))
+            if value is not None:
+                seen.restore(value)
+        return PartitionMeter(partition, load, seen)
+
+    def _count(self, outcome: Outcome, usages: int) -> None:
+        counters = self.counters
+        counters.messages += 1
+        counters.usages += usages
+        counters.replays += outcome.replays
+        counters.duplicates += outcome.duplicates
+        counters.commands += len(outcome.effects.commands)
+
+
+def _bound(pending: _Pending) -> None:
+    states = pending.meter.states
+    if len(states) > STATES_MAX:
+        # What was touched while the flush waited is not in the table yet, so it stays.
+        for scope in [scope for scope in states if scope not in pending.dirty]:
+            del states[scope]
+            pending.meter.causes.pop(scope, None)
+
+
+def _decisions(shadow: list[Command], record: SourceRecord, now_us: int) -> list[LedgerEntry]:
+    """Return what was decided and not sent, as entries of the packed message that led to it."""
+    return [
+        LedgerEntry.model_construct(
+            kind="decision",
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+            index=nth,
+            at=from_us(now_us),
+            late=False,
+            command=command,
+        )
+        for nth, command in enumerate(shadow)
+    ]

@@ -1,0 +1,136 @@
+"""The rollup's shell: shares of teams, workspaces and run trees in; their caps judged on the sum of all partitions."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from pydantic import ValidationError
+
+from spendfuse.client.clock import Clock
+from spendfuse.engine.rollup import apply_rollup, reconsider_shared
+from spendfuse.engine.state import SharedState
+from spendfuse.pipeline.codec import decode_shared, encode_shared
+from spendfuse.pipeline.feed import PolicyFeed
+from spendfuse.pipeline.intake import reason
+from spendfuse.pipeline.publish import Publisher
+from spendfuse.pipeline.records import Delivery, SourceRecord, Table
+from spendfuse.pipeline.routing import split_state_key, state_key
+from spendfuse.wire.base import from_us
+from spendfuse.wire.ledger import LedgerEntry
+from spendfuse.wire.rollup import Rollup
+
+STATES_MAX: Final = 20_000
+"""Most shared scopes kept decoded; beyond it, those that are written are dropped and read back when needed."""
+RECONSIDER_SLICE: Final = 200
+
+
+class RollupStage:
+    """The rollup of one worker, over all the rollup partitions it owns at the moment."""
+
+    def __init__(
+        self,
+        *,
+        table: Table,
+        publisher: Publisher,
+        feed: PolicyFeed,
+        clock: Clock,
+        generation: Callable[[], int],
+    ) -> None:
+        """Take the ports; `generation` changes whenever partitions are assigned anew."""
+        self._table = table
+        self._publisher = publisher
+        self._feed = feed
+        self._clock = clock
+        self._generation = generation
+        self._current = generation()
+        self._states: dict[tuple[int, str], SharedState] = {}
+        self._dirty: set[tuple[int, str]] = set()
+        self._unacked: list[SourceRecord] = []
+        self._deliveries: list[Delivery] = []
+        self._lock = asyncio.Lock()
+
+    async def on_record(self, record: SourceRecord) -> None:
+        """Take in one partition's share of one scope."""
+        self._drop_if_reassigned()
+        self._unacked.append(record)
+        try:
+            rollup = Rollup.model_validate_json(record.value or b"")
+        except ValidationError as error:
+            self._deliveries.append(await self._publisher.dead_letter(record, reason(error)))
+            return
+        state = self._state(record.partition, rollup.scope)
+        self._dirty.add((record.partition, rollup.scope))
+        now_us = self._clock()
+        _, effects = apply_rollup(state, rollup, self._feed.policies, now_us=now_us, price_book=self._feed.book.version)
+        if effects is not None:
+            self._deliveries += await self._publisher.effects(effects)
+            entries = [
+                LedgerEntry(
+                    kind="decision",
+                    topic=record.topic,
+                    partition=record.partition,
+                    offset=record.offset,
+                    index=nth,
+                    at=from_us(now_us),
+                    command=command,
+                )
+                for nth, command in enumerate(effects.shadow)
+            ]
+            name = f"rollup/{record.partition}/{record.offset}"
+            self._deliveries += await self._publisher.ledger(record.partition, name, entries)
+
+    async def flush(self) -> None:
+        """Make what was taken in durable, then acknowledge it."""
+        async with self._lock:
+            self._drop_if_reassigned()
+            generation = self._current
+            unacked, self._unacked = self._unacked, []
+            deliveries, self._deliveries = self._deliveries, []
+            dirty, self._dirty = self._dirty, set()
+            if not (unacked or deliveries or dirty):
+                return
+            # Encoded in one step, before any await: what is written is what led to `deliveries`, and nothing later.
+            writes = [(key, encode_shared(self._states[key])) for key in dirty]
+            await asyncio.gather(*deliveries)
+            if generation != self._generation():
+                return
+            await asyncio.gather(*(self._table.write(key[0], state_key(*key), value) for key, value in writes))
+            if generation == self._generation():
+                for record in unacked:
+                    record.ack()
+            if len(self._states) > STATES_MAX:
+                self._states = {key: self._states[key] for key in self._dirty}
+
+    async def reconsider(self, owned: set[int]) -> None:
+        """Judge every shared scope of the partitions owned again, after budgets changed."""
+        self._drop_if_reassigned()
+        now_us = self._clock()
+        for nth, key in enumerate(self._table.keys()):
+            partition, scope = split_state_key(key)
+            if partition in owned:
+                effects = reconsider_shared(
+                    scope,
+                    self._state(partition, scope),
+                    self._feed.policies,
+                    now_us=now_us,
+                    price_book=self._feed.book.version,
+                )
+                if effects is not None:
+                    self._dirty.add((partition, scope))
+                    self._deliveries += await self._publisher.effects(effects)
+            if nth % RECONSIDER_SLICE == 0:
+                await asyncio.sleep(0)  # a trip meanwhile must not wait for the end of the list
+
+    def _state(self, partition: int, scope: str) -> SharedState:
+        key = (partition, scope)
+        state = self._states.get(key)
+        if state is None:
+            value = self._table.get(state_key(partition, scope))
+            state = self._states[key] = SharedState() if value is None else decode_shared(value)
+        return state
+
+    def _drop_if_reassigned(self) -> None:
+        generation = self._generation()
+        if generation != self._current:
+            self._states, self._dirty, self._unacked, self._deliveries = {}, set(), [], []
+            self._current = generation

@@ -1,0 +1,311 @@
+"""The worker's own Kafka ends, beside Faust: one producer, the intake's and the recorder's consumers, the followers.
+
+A Kafka message through a Faust stream costs about 50 times what `getmany` costs (design.md section 2), so only the
+agents that keep state are Faust's.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.structs import ConsumerRecord
+
+from spendfuse import __version__
+from spendfuse.client.clock import Clock
+from spendfuse.client.connection import consumer_options, producer_options
+from spendfuse.client.follow import Follower, Record
+from spendfuse.pipeline.feed import PolicyFeed
+from spendfuse.pipeline.intake import Limits, Round, rounds
+from spendfuse.pipeline.publish import Publisher
+from spendfuse.pipeline.recorder import RECORDED, ledger_entry
+from spendfuse.pipeline.records import Delivery, Headers, SourceRecord
+from spendfuse.pipeline.routing import partition_of
+from spendfuse.settings import BrokerSettings, WorkerSettings
+from spendfuse.wire.base import from_us
+from spendfuse.wire.cloudevents import headers as cloud_headers
+from spendfuse.wire.control import Heartbeat
+from spendfuse.wire.topics import BUDGETS, HEARTBEATS, PACKED, PRICES, USAGE
+
+INTAKE_RECORDS_MAX: Final = 2_000
+RECORDER_RECORDS_MAX: Final = 500
+POLL_MS: Final = 200
+COMMIT_INTERVAL_S: Final = 1.0
+
+log: Any = structlog.get_logger("spendfuse.worker")
+
+
+class KafkaOutbox:
+    """An outbox over one aiokafka producer; records of one partition go out in the order they were put."""
+
+    def __init__(self, broker: BrokerSettings) -> None:
+        """Take how to reach the broker; `start` connects."""
+        self._broker = broker
+        self._producer: AIOKafkaProducer | None = None
+
+    async def start(self) -> None:
+        """Connect; raises a `KafkaError` when the broker is away."""
+        producer = AIOKafkaProducer(**producer_options(self._broker, "spendfuse-worker"))
+        await producer.start()
+        self._producer = producer
+
+    async def stop(self) -> None:
+        """Send what is waiting and close."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await producer.stop()
+
+    async def put(
+        self, topic: str, *, key: bytes, value: bytes, partition: int | None = None, headers: Headers = ()
+    ) -> Delivery:
+        """Hand over a record; the result is done when all replicas have it."""
+        if self._producer is None:
+            raise RuntimeError("the worker's producer is not running")
+        delivery: Delivery = await self._producer.send(
+            topic, value, key=key, partition=partition, headers=list(headers)
+        )
+        return delivery
+
+
+@dataclass(slots=True)
+class IntakeCounters:
+    """What the intake has done since it started; `lag` is in records of `usage.v1`."""
+
+    usages: int = 0
+    rejected: int = 0
+    lag: int = 0
+
+
+class _Joined(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
+    """Says when a consumer has its first assignment."""
+
+    def __init__(self, joined: asyncio.Event) -> None:
+        self._joined = joined
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        """Do nothing: what was handled and not committed is handled again by the next owner."""
+
+    async def on_partitions_assigned(self, assigned: Any) -> None:  # noqa: ARG002 - the listener's signature
+        """Say so."""
+        self._joined.set()
+
+
+class GroupReader:
+    """A consumer in a group that hands over batches and commits what was handled, at most once a second.
+
+    Handling must bear a replay: an offset may be committed late, never early.
+    """
+
+    def __init__(self, broker: BrokerSettings, topics: Sequence[str], group: str, records_max: int) -> None:
+        """Take what to read; `run` reads until it is cancelled."""
+        self._broker = broker
+        self._group = group
+        self._consumer: AIOKafkaConsumer | None = None
+        self._records_max = records_max
+        self.joined = asyncio.Event()
+        self._topics = list(topics)
+        self._committed_at = 0.0
+
+    async def run(self, handle: Callable[[list[ConsumerRecord]], Any]) -> None:
+        """Read, handle, commit, for ever."""
+        consumer = AIOKafkaConsumer(group_id=self._group, **consumer_options(self._broker, self._group))
+        consumer.subscribe(self._topics, listener=_Joined(self.joined))
+        await consumer.start()
+        self._consumer = consumer
+        try:
+            while True:
+                batches = await consumer.getmany(timeout_ms=POLL_MS, max_records=self._records_max)
+                for records in batches.values():
+                    await handle(records)
+                await self._commit(consumer)
+        finally:
+            self._consumer = None
+            await consumer.stop()
+
+    async def _commit(self, consumer: AIOKafkaConsumer) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._committed_at < COMMIT_INTERVAL_S:
+            return
+        self._committed_at = now
+        # A rebalance in between makes the commit someone else's: the records come again, and change nothing.
+        with contextlib.suppress(CommitFailedError, IllegalStateError):
+            await consumer.commit()
+
+    def lag(self) -> int:
+        """Return how many records of the partitions owned are not yet handled."""
+        total = 0
+        consumer = self._consumer
+        if consumer is None:
+            return total
+        for partition in consumer.assignment():
+            end = consumer.highwater(partition)
+            assignment = consumer._subscription.subscription.assignment  # noqa: SLF001 - no public, synchronous position
+            state = assignment.state_value(partition) if assignment else None
+            if end is not None and state is not None and state.has_valid_position:
+                total += max(end - state.position, 0)
+        return total
+
+
+def source_record(record: ConsumerRecord) -> SourceRecord:
+    """Return a Kafka record as the stages see it."""
+    return SourceRecord(record.topic, record.partition, record.offset, record.timestamp or -1, record.key, record.value)
+
+
+class Services:
+    """All that runs beside the agents: start, ready, and an orderly end. A failure of any ends the worker."""
+
+    def __init__(
+        self,
+        *,
+        broker: BrokerSettings,
+        settings: WorkerSettings,
+        outbox: KafkaOutbox,
+        publisher: Publisher,
+        feed: PolicyFeed,
+        clock: Clock,
+        emitter: str,
+    ) -> None:
+        """Take the ports and settings."""
+        self.informed = asyncio.Event()
+        self.ready = asyncio.Event()
+        self.counters = IntakeCounters()
+        self.budgets_changed = asyncio.Event()
+        self.is_live: Callable[[], bool] = lambda: True
+        self.on_ready: Callable[[], None] = lambda: None
+        self._broker = broker
+        self._settings = settings
+        self._outbox = outbox
+        self._publisher = publisher
+        self._feed = feed
+        self._clock = clock
+        self._emitter = emitter
+        self._intake = GroupReader(broker, [USAGE.name], f"{settings.app_id}-intake", INTAKE_RECORDS_MAX)
+        self._recorder = GroupReader(
+            broker, [topic.name for topic in RECORDED], f"{settings.app_id}-recorder", RECORDER_RECORDS_MAX
+        )
+        self._limits = Limits(settings.usage_age_max_s * 1_000_000, settings.usage_ahead_max_s * 1_000_000)
+
+    async def start(self) -> None:
+        """Connect, and read budgets and prices to their end: only then may anything be decided."""
+        await self._outbox.start()
+        self._feed.on_change = self.budgets_changed.set
+        self._followers = [
+            Follower(self._broker, BUDGETS.name, self._on_budget, client_id="spendfuse-budgets"),
+            Follower(self._broker, PRICES.name, self._on_price, client_id="spendfuse-prices"),
+        ]
+        for follower in self._followers:
+            follower.start()
+        for follower in self._followers:
+            await follower.caught_up()
+        self.budgets_changed.set()  # a budget may have changed while no worker ran
+        self.informed.set()
+
+    async def stop(self) -> None:
+        """Close what `start` opened."""
+        self._set_ready_file(present=False)
+        for follower in self._followers:
+            await follower.stop()
+        await self._outbox.stop()
+
+    async def intake(self) -> None:
+        """Read `usage.v1` for ever."""
+        await self._intake.run(self._take_in)
+
+    async def announce(self) -> None:
+        """Say that the worker is ready: tables recovered, budgets read, its share of the intake assigned."""
+        await self.informed.wait()
+        await self._intake.joined.wait()
+        self.ready.set()
+        self.on_ready()
+        log.info("ready", budgets=len(self._feed.policies.budgets), price_book=self._feed.book.version)
+        self._set_ready_file(present=True)
+
+    async def _take_in(self, records: list[ConsumerRecord]) -> None:
+        sources = [source_record(record) for record in records]
+        for each in rounds(sources, self._settings.partitions, self._limits, self._clock()):
+            await self._send_round(each)
+
+    async def _send_round(self, each: Round) -> None:
+        now = from_us(self._clock())
+        sent = [await self._publisher.dead_letter(*dead) for dead in each.dead]
+        for partition, value in each.packed.items():
+            headers = cloud_headers("usage.packed.v1", "//spendfuse/intake", f"{self._emitter}/{partition}", now)
+            sent.append(
+                await self._outbox.put(
+                    PACKED.name, key=str(partition).encode(), value=value, partition=partition, headers=headers
+                )
+            )
+        await asyncio.gather(*sent)  # all acknowledged before the next round is sent; a failure ends the process
+        self.counters.usages += each.usages
+        self.counters.rejected += len(each.dead)
+
+    async def recorder(self) -> None:
+        """Copy control records into the ledger for ever."""
+        await self._recorder.run(self._record)
+
+    async def _record(self, records: list[ConsumerRecord]) -> None:
+        deliveries: list[Delivery] = []
+        entries = []
+        for record in records:
+            source = source_record(record)
+            entry, fault = ledger_entry(source, self._clock())
+            if entry is not None:
+                entries.append(entry)
+            else:
+                deliveries.append(await self._publisher.dead_letter(source, fault or "unreadable"))
+                log.warning("refused", topic=source.topic, offset=source.offset, reason=fault)
+        if entries:
+            topic = records[0].topic
+            partition = partition_of(topic, self._settings.partitions)
+            name = f"{topic}/{records[0].partition}/{records[0].offset}"
+            deliveries += await self._publisher.ledger(partition, name, entries)
+        await asyncio.gather(*deliveries)
+
+    async def heartbeats(self) -> None:
+        """Give a sign of life for ever."""
+        while True:
+            self.counters.lag = self._intake.lag()
+            beat = Heartbeat(
+                emitter=self._emitter,
+                ts=from_us(self._clock()),
+                ready=self.ready.is_set() and self.is_live(),
+                version=__version__,
+                price_book=self._feed.book.version,
+                budgets=len(self._feed.policies.budgets),
+                lag=self.counters.lag,
+            )
+            with contextlib.suppress(KafkaError):  # the agents' own sends decide whether a broker's absence is fatal
+                await (
+                    await self._outbox.put(
+                        HEARTBEATS.name,
+                        key=self._emitter.encode(),
+                        value=beat.model_dump_json(exclude_none=True).encode(),
+                        partition=0,
+                        headers=cloud_headers("heartbeat.v1", "//spendfuse/worker", self._emitter, beat.ts),
+                    )
+                )
+            await asyncio.sleep(self._settings.heartbeat_s)
+
+    def _on_budget(self, record: Record) -> None:
+        refused = self._feed.budget_record(record.key, record.value)
+        if refused is not None:
+            log.warning("budget refused", offset=record.offset, reason=refused)
+
+    def _on_price(self, record: Record) -> None:
+        refused = self._feed.price_record(record.key, record.value)
+        if refused is not None:
+            log.warning("price refused", offset=record.offset, reason=refused)
+
+    def _set_ready_file(self, *, present: bool) -> None:
+        if self._settings.ready_file:
+            path = Path(self._settings.ready_file)
+            if present:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            else:
+                path.unlink(missing_ok=True)

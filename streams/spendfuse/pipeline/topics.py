@@ -1,0 +1,85 @@
+"""Topics created with explicit settings, and a refusal when what exists is something else."""
+
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import TopicAlreadyExistsError, for_code
+
+from spendfuse.client.connection import admin_options
+from spendfuse.settings import BrokerSettings
+from spendfuse.wire.topics import TOPICS, Topic
+
+CLIENT_ID: Final = "spendfuse-topics"
+TOPIC_ALREADY_EXISTS: Final = TopicAlreadyExistsError.errno
+
+
+class TopicMismatchError(Exception):
+    """A topic exists with another partition count: usage would be routed wrongly, so nothing may run on it."""
+
+
+class TopicReport(NamedTuple):
+    """One topic of the table: how many partitions it has, and whether this call made it."""
+
+    topic: Topic
+    partitions: int
+    created: bool
+
+
+def partitions_of(topic: Topic, partitions: int) -> int:
+    """Return the partition count of a topic in a deployment of `partitions`."""
+    return topic.partitions or partitions
+
+
+async def ensure_topics(broker: BrokerSettings, *, partitions: int, replication: int) -> list[TopicReport]:
+    """Create the topics that are missing and check the others.
+
+    Raises `TopicMismatchError` for a wrong partition count, a `KafkaError` when the broker refuses or is away.
+    """
+    admin = AIOKafkaAdminClient(**admin_options(broker, CLIENT_ID))
+    await admin.start()
+    try:
+        existing = await _partition_counts(admin, TOPICS)
+        missing = [topic for topic in TOPICS if topic.name not in existing]
+        if missing:
+            response = await admin.create_topics(
+                [
+                    NewTopic(
+                        name=topic.name,
+                        num_partitions=partitions_of(topic, partitions),
+                        replication_factor=replication,
+                        topic_configs=topic.configs(),
+                    )
+                    for topic in missing
+                ]
+            )
+            for name, code, *rest in response.topic_errors:
+                if code not in {0, TOPIC_ALREADY_EXISTS}:
+                    raise for_code(code)(f"topic {name} was not created: {rest[0] if rest else code}")
+            existing |= await _partition_counts(admin, missing)
+    finally:
+        await admin.close()
+    created = {topic.name for topic in missing}
+    faults = [
+        f"{topic.name} has {existing[topic.name]} partitions, and this deployment wants {wanted}"
+        for topic in TOPICS
+        if topic.name in existing and existing[topic.name] != (wanted := partitions_of(topic, partitions))
+    ]
+    if faults:
+        raise TopicMismatchError(
+            "; ".join(faults) + ". Set SPENDFUSE_PARTITIONS to what exists, or use another cluster or new topics"
+        )
+    return [
+        TopicReport(topic, existing.get(topic.name, partitions_of(topic, partitions)), topic.name in created)
+        for topic in TOPICS
+    ]
+
+
+async def _partition_counts(admin: AIOKafkaAdminClient, topics: Iterable[Topic]) -> dict[str, int]:
+    wanted = [topic.name for topic in topics]
+    known = set(await admin.list_topics())
+    names = [name for name in wanted if name in known]
+    if not names:
+        return {}
+    described = await admin.describe_topics(names)
+    return {topic["topic"]: len(topic["partitions"]) for topic in described if not topic["error_code"]}

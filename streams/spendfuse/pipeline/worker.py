@@ -1,0 +1,111 @@
+"""The worker process: `spendfuse worker`, or `python -m spendfuse.pipeline.worker`."""
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+import faust
+import structlog
+from aiokafka.errors import KafkaError
+
+from spendfuse.pipeline.app import create_app
+from spendfuse.pipeline.topics import TopicMismatchError, ensure_topics
+from spendfuse.settings import BrokerSettings, ClockSettings, SettingsError, WorkerSettings
+
+EXIT_USAGE: Final = 64
+EXIT_UNAVAILABLE: Final = 69
+EXIT_NOT_READY: Final = 70
+
+log: Any = structlog.get_logger("spendfuse.worker")
+
+
+def configure_logs() -> None:
+    """Send structured logs to standard error: JSON, or for a person when it is a terminal."""
+    terminal = sys.stderr.isatty()
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer: Any = structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                renderer,
+            ],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("spendfuse").setLevel(logging.INFO)
+
+
+def run(broker: BrokerSettings, settings: WorkerSettings, clocks: ClockSettings) -> int:
+    """Run a worker until it is told to stop; return its exit code."""
+    configure_logs()
+    watchdog = _watch_readiness(settings.ready_timeout_s)
+    try:
+        Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
+        asyncio.run(ensure_topics(broker, partitions=settings.partitions, replication=settings.replication))
+        app = create_app(broker, settings, clocks, on_ready=watchdog.cancel)
+    except (SettingsError, TopicMismatchError) as error:
+        log.error("cannot start", reason=str(error))  # noqa: TRY400 - the sentence is the message, not a traceback
+        return EXIT_USAGE
+    except (KafkaError, OSError) as error:
+        log.error("broker away", servers=broker.bootstrap_servers, reason=str(error))  # noqa: TRY400 - the same
+        return EXIT_UNAVAILABLE
+    worker = _Worker(app, loglevel="WARN", redirect_stdouts=False, quiet=True)
+    try:
+        worker.execute_from_commandline()
+    except SystemExit as stopped:
+        if stopped.code:  # mode turns what went wrong into an exit code, and says nothing
+            log.critical("worker ended", exit_code=stopped.code, exc_info=stopped.__context__)
+        return int(stopped.code or 0)
+    return 0
+
+
+class _Worker(faust.Worker):
+    """Faust's worker, without its own logging: it would clear the handlers that are in place."""
+
+    def _setup_logging(self) -> None:
+        """Leave the logging as it is."""
+
+
+def _watch_readiness(timeout_s: float) -> threading.Timer:
+    """End the process if it is not ready in time: Faust swallows what goes wrong in a recovery, and would hang."""
+
+    def give_up() -> None:
+        log.critical("not ready", timeout_s=timeout_s, advice="read the warnings above; the tables did not recover")
+        os._exit(EXIT_NOT_READY)
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def main() -> int:
+    """Run a worker with the settings of the environment."""
+    configure_logs()
+    try:
+        return run(BrokerSettings.from_env(), WorkerSettings.from_env(), ClockSettings.from_env())
+    except SettingsError as error:
+        log.error("cannot start", reason=str(error))  # noqa: TRY400 - the sentence is the message
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
