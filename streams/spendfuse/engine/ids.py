@@ -48,16 +48,18 @@ class SeenIds:
         slot = self.slots.setdefault(self.sequence, [])
         if len(slot) >= IDS_PER_SLOT:
             self.sequence += 1
-            self._forget(self.sequence - SLOTS)
+            self._forget_stale()
             slot = self.slots.setdefault(self.sequence, [])
         slot.append(digest)
         self.origins[digest] = (origin.partition, origin.position)
         self.dirty.add(self.sequence)
 
-    def _forget(self, sequence: int) -> None:
-        for digest in self.slots.pop(sequence, ()):
-            self.origins.pop(digest, None)
-        self.dirty.discard(sequence)
+    def _forget_stale(self) -> None:
+        # All of them, not only the one whose place is taken: after a crash a place may hold a slot of the last round.
+        for sequence in [sequence for sequence in self.slots if sequence <= self.sequence - SLOTS]:
+            for digest in self.slots.pop(sequence):
+                self.origins.pop(digest, None)
+            self.dirty.discard(sequence)
 
     def take_dirty(self) -> dict[int, bytes]:
         """Return the slots that changed, by their place in the ring, encoded; they count as written from now on."""
@@ -78,9 +80,12 @@ class SeenIds:
         if len(value) < _HEADER.size or (len(value) - _HEADER.size) % _RECORD.size:
             raise ValueError(f"a slot of remembered ids has {len(value)} bytes, which is no whole number of records")
         (sequence,) = _HEADER.unpack_from(value)
+        if sequence <= self.sequence - SLOTS:
+            return
+        self.sequence = max(self.sequence, sequence)
+        self._forget_stale()
         slot: list[bytes] = []
         for digest, partition, position in _RECORD.iter_unpack(value[_HEADER.size :]):
             slot.append(digest)
             self.origins[digest] = (partition, position)
         self.slots[sequence] = slot
-        self.sequence = max(self.sequence, sequence)

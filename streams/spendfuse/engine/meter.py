@@ -111,7 +111,7 @@ class PartitionMeter:
             state = self._advance(scope, step, outcome)
             if state is None:
                 continue
-            state.spend.settle(usage.id)
+            state.spend.settle(_call(scope, agent, usage))
             plan = policies.of(scope).plan
             step.late |= state.spend.add(plan, step.cause.ts_us, now_us, step.charge.cost_nanos, step.tokens)
         self._judge_agent(agent, step, policies, outcome)
@@ -132,16 +132,19 @@ class PartitionMeter:
         step = self._step(usage, origin, produced_at_ms, book, now_us)
         deadline_us = to_us(usage.deadline) if usage.deadline else now_us + HOLD_US_DEFAULT
         deadline_us = min(deadline_us, now_us + HOLD_US_MAX)
+        bound = Hold(step.charge.cost_nanos, step.tokens, deadline_us)
         agent = agent_scope(usage.workspace, usage.team, usage.agent)
         for scope in (agent, *shared_scopes(usage)):
             state = self._advance(scope, step, outcome)
             if state is None:
                 continue
-            known = state.spend.holds.get(usage.id)
-            hold = Hold(step.charge.cost_nanos, step.tokens, deadline_us)
-            if known is not None:  # progress beyond the bound raises the hold; below it the bound stands
-                hold = Hold(max(hold.nanos, known.nanos), max(hold.tokens, known.tokens), known.deadline_us)
-            state.spend.hold(usage.id, hold, now_us)
+            call = _call(scope, agent, usage)
+            hold, known = bound, state.spend.holds.get(call)
+            if known is not None and known.deadline_us > now_us:
+                # Progress beyond the bound raises the hold; below it the bound stands. Only a deadline extends it.
+                until_us = max(known.deadline_us, deadline_us) if usage.deadline else known.deadline_us
+                hold = Hold(max(bound.nanos, known.nanos), max(bound.tokens, known.tokens), until_us)
+            state.spend.hold(call, hold, now_us)
         self._judge_agent(agent, step, policies, outcome)
 
     def _step(self, usage: Usage, origin: Origin, produced_at_ms: int, book: PriceBook, now_us: int) -> _Step:
@@ -217,6 +220,7 @@ class PartitionMeter:
             state.fuses,
             now_us=now_us,
             price_book=book.version,
+            denying=policies.denying,
         )
 
     def rollup(self, scope: str, as_of: int, now_us: int) -> Rollup | None:
@@ -236,6 +240,7 @@ class PartitionMeter:
             rolling=spend.rolling,
             held_nanos=nanos,
             held_tokens=tokens,
+            held_until_us=spend.held_until(),
             first_us=spend.first_us,
             newest_us=spend.newest_us,
             cause=Cause.model_construct(
@@ -246,6 +251,11 @@ class PartitionMeter:
                 produced_at_ms=cause.produced_at_ms,
             ),
         )
+
+
+def _call(scope: str, agent: str, usage: Usage) -> str:
+    """Return the key of a call in a scope's holds: ids are an agent's own, so elsewhere its path belongs to them."""
+    return usage.id if scope == agent else f"{usage.agent_path}/{usage.id}"
 
 
 def _gather(into: Effects, effects: Effects | None) -> None:

@@ -56,6 +56,7 @@ class Policies:
     def __init__(self, budgets: Iterable[Budget] = (), workspaces: Iterable[WorkspaceSettings] = ()) -> None:
         """Take the budgets in force."""
         self.budgets = {budget.id: budget for budget in budgets}
+        self.denying = {budget.id: budget for budget in self.budgets.values() if budget.unknown_model == "deny"}
         self.zones = {settings.workspace: settings.timezone for settings in workspaces}
         self._scopes: dict[str, ScopePolicy] = {}
 
@@ -92,10 +93,19 @@ class Policies:
 
 
 def _thresholds(cap: Cap) -> tuple[Threshold, ...]:
+    """Return the thresholds in growing order; a warning beyond the degrading one says to degrade, as before.
+
+    A guard obeys the last command of a cap, so a later one must never ask for less than an earlier one.
+    """
     found = [Threshold(fraction, "warn") for fraction in cap.warn]
     if cap.degrade is not None:
         found.append(Threshold(cap.degrade.at, "degrade"))
     if cap.halt:
         found.append(Threshold(BASIS_POINTS, "halt"))
     order = {"warn": 0, "degrade": 1, "halt": 2}
-    return tuple(sorted(found, key=lambda threshold: (threshold.fraction, order[threshold.action])))
+    found.sort(key=lambda threshold: (threshold.fraction, order[threshold.action]))
+    degraded_at = BASIS_POINTS + 1 if cap.degrade is None else cap.degrade.at
+    return tuple(
+        Threshold(step.fraction, "degrade") if step.action == "warn" and step.fraction > degraded_at else step
+        for step in found
+    )

@@ -42,8 +42,34 @@ class _Row(NamedTuple):
 
 
 class _Found(NamedTuple):
-    rows: tuple[_Row, ...]
+    row: _Row
     tier_known: bool
+
+
+_Tiers = dict[str, list[_Row]]
+
+
+class _Names:
+    """Rows by provider, by name and by tier; a name is exact, or a prefix."""
+
+    def __init__(self, rows: Iterable[PriceRow], priced_by: PricedBy) -> None:
+        self._exact: dict[tuple[str, str], _Tiers] = {}
+        self._prefixes: dict[str, dict[str, _Tiers]] = {}
+        for row in rows:
+            compiled = _compile(row, priced_by)
+            for name in (row.model, *row.models):
+                if name.endswith("*"):
+                    tiers = self._prefixes.setdefault(row.provider, {}).setdefault(name[:-1], {})
+                else:
+                    tiers = self._exact.setdefault((row.provider, name), {})
+                tiers.setdefault(row.tier, []).append(compiled)
+
+    def of(self, provider: str, model: str) -> list[_Tiers]:
+        """Return what matches a model, the nearest name first: the exact one, then the longest prefix."""
+        exact = self._exact.get((provider, model))
+        prefixes = self._prefixes.get(provider, {})
+        near = sorted((prefix for prefix in prefixes if model.startswith(prefix)), key=len, reverse=True)
+        return ([] if exact is None else [exact]) + [prefixes[prefix] for prefix in near]
 
 
 _ALWAYS_FROM: Final = -(2**62)
@@ -91,18 +117,9 @@ class PriceBook:
         """Compile the rows; use `compile` for a file."""
         self.version = version
         self.currency = currency
-        self._exact: dict[tuple[str, str], dict[str, list[_Row]]] = {}
-        self._prefixes: dict[str, list[tuple[str, dict[str, list[_Row]]]]] = {}
-        self._cache: dict[tuple[str, str, str], _Found | None] = {}
-        by_prefix: dict[tuple[str, str], dict[str, list[_Row]]] = {}
-        for override in overrides:
-            self._add(override.row, "override", by_prefix)
-        for row in rows:
-            self._add(row, "book", by_prefix)
-        for (provider, prefix), tiers in by_prefix.items():
-            self._prefixes.setdefault(provider, []).append((prefix, tiers))
-        for candidates in self._prefixes.values():
-            candidates.sort(key=lambda item: len(item[0]), reverse=True)  # the longest prefix is the nearest name
+        self._overrides = _Names((override.row for override in overrides), "override")
+        self._book = _Names(rows, "book")
+        self._cache: dict[tuple[str, str, str], tuple[_Found, ...]] = {}
         self._ceilings = _ceilings([*rows, *(override.row for override in overrides)])
 
     @classmethod
@@ -114,15 +131,6 @@ class PriceBook:
             version += f"+{rows_sha256(override.row for override in ordered)[:12]}"
             overrides = ordered
         return cls(version=version, currency=file.currency, rows=file.rows, overrides=overrides)
-
-    def _add(self, row: PriceRow, priced_by: PricedBy, by_prefix: dict[tuple[str, str], dict[str, list[_Row]]]) -> None:
-        compiled = _compile(row, priced_by)
-        for name in (row.model, *row.models):
-            if name.endswith("*"):
-                tiers = by_prefix.setdefault((row.provider, name[:-1]), {})
-            else:
-                tiers = self._exact.setdefault((row.provider, name), {})
-            tiers.setdefault(row.tier, []).append(compiled)
 
     def charge(self, usage: Usage) -> Charge:
         """Return what a usage costs at its own event time; an unknown model costs its provider's ceiling."""
@@ -140,45 +148,43 @@ class PriceBook:
 
     def knows(self, provider: str, model: str) -> bool:
         """Say whether a model has a price of its own."""
-        return self._find(provider, model, STANDARD) is not None
+        return bool(self._find(provider, model, STANDARD))
 
     def _rates(self, usage: Usage, inputs: int) -> tuple[RateTuple, PricedBy, bool]:
         found = self._find(usage.provider, usage.model, usage.tier)
-        if found is not None:
+        if found:
             ts_us = to_us(usage.ts)
-            for row in found.rows:
+            for row, tier_known in found:
                 if row.from_us <= ts_us < row.to_us:
-                    rates = row.above if inputs > row.above_tokens else row.rates
-                    return rates, row.priced_by, found.tier_known
+                    return (row.above if inputs > row.above_tokens else row.rates), row.priced_by, tier_known
         ceiling = self._ceilings.get(usage.provider) or self._ceilings[""]
         return ceiling, "ceiling", usage.tier == STANDARD
 
-    def _find(self, provider: str, model: str, tier: str) -> _Found | None:
+    def _find(self, provider: str, model: str, tier: str) -> tuple[_Found, ...]:
         key = (provider, model, tier)
-        if key not in self._cache:
+        found = self._cache.get(key)
+        if found is None:
             if len(self._cache) >= LOOKUP_CACHE_MAX:
                 self._cache.clear()  # names come from outside: a flood of them must not grow the memory
-            self._cache[key] = self._search(provider, model, tier)
-        return self._cache[key]
+            found = self._cache[key] = self._search(provider, model, tier)
+        return found
 
-    def _search(self, provider: str, model: str, tier: str) -> _Found | None:
-        tiers = self._exact.get((provider, model))
-        if tiers is None:
-            for prefix, candidate in self._prefixes.get(provider, ()):
-                if model.startswith(prefix):
-                    tiers = candidate
-                    break
-        if tiers is None:
-            return None
-        if tier in tiers:
-            return _Found(tuple(tiers[tier]), tier_known=True)
-        if STANDARD in tiers:  # a tier without a price of its own costs the standard price, and is flagged
-            return _Found(tuple(tiers[STANDARD]), tier_known=False)
-        return None
+    def _search(self, provider: str, model: str, tier: str) -> tuple[_Found, ...]:
+        # Every override that matches comes before the book; of the book only the nearest name: a price of another
+        # model that begins alike would be a guess, and what is unknown costs the ceiling.
+        names = [*self._overrides.of(provider, model), *self._book.of(provider, model)[:1]]
+        found = [_Found(row, tier_known=True) for tiers in names for row in tiers.get(tier, ())]
+        if tier != STANDARD:  # a tier without a price of its own costs the standard price, and is flagged
+            found += [_Found(row, tier_known=False) for tiers in names for row in tiers.get(STANDARD, ())]
+        return tuple(found)
 
 
 def _ceilings(rows: Sequence[PriceRow]) -> dict[str, RateTuple]:
-    """Return the dearest rate of each counter by provider; `""` is the dearest of all."""
+    """Return the dearest rate of each counter by provider; `""` is the dearest of all.
+
+    A counter that a provider never charges is not free for a model nobody knows: cached input costs its input,
+    and what is left the dearest of all.
+    """
     dearest: dict[str, RateTuple] = {"": (0, 0, 0, 0, 0)}
     for row in rows:
         for rates in (row.rates, *((row.above.rates,) if row.above else ())):
@@ -186,4 +192,11 @@ def _ceilings(rows: Sequence[PriceRow]) -> dict[str, RateTuple]:
                 known = dearest.get(name, (0, 0, 0, 0, 0))
                 a, b, c, d, e = (max(pair) for pair in zip(known, rate_tuple(rates), strict=True))
                 dearest[name] = (a, b, c, d, e)
-    return dearest
+    top = dearest[""]
+    return {name: _never_free(rates, top) for name, rates in dearest.items()}
+
+
+def _never_free(rates: RateTuple, top: RateTuple) -> RateTuple:
+    fresh = rates[0] or top[0]
+    cached = [rate or rates[0] or highest or fresh for rate, highest in zip(rates[1:4], top[1:4], strict=True)]
+    return fresh, cached[0], cached[1], cached[2], rates[4] or top[4]

@@ -24,6 +24,7 @@ def apply_rollup(
         Spend(rollup.windows, rollup.rolling, {}, rollup.first_us, rollup.newest_us),
         rollup.held_nanos,
         rollup.held_tokens,
+        rollup.held_until_us,
     )
     policy = policies.of(rollup.scope)
     if not policy.limits:
@@ -33,7 +34,7 @@ def apply_rollup(
         rollup.scope,
         policy,
         merged(part.spend for part in state.parts.values()),
-        held_by(state),
+        held_by(state, now_us),
         state.fuses,
         CausedBy(cause.usage_id, to_us(cause.ts), cause.partition, cause.offset, cause.produced_at_ms),
         now_us=now_us,
@@ -50,14 +51,14 @@ def reconsider_shared(
         scope,
         policies.of(scope),
         merged(part.spend for part in state.parts.values()),
-        held_by(state),
+        held_by(state, now_us),
         state.fuses,
         now_us=now_us,
         price_book=price_book,
     )
 
 
-def held_by(state: SharedState) -> Held:
-    """Return the calls in flight of all partitions, as last published."""
-    parts = state.parts.values()
+def held_by(state: SharedState, now_us: int = 0) -> Held:
+    """Return the calls in flight of all partitions, as last published and not yet past their last deadline."""
+    parts = [part for part in state.parts.values() if not part.held_until_us or part.held_until_us > now_us]
     return Held(sum(part.held_nanos for part in parts), sum(part.held_tokens for part in parts))

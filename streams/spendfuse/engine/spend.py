@@ -16,6 +16,7 @@ from spendfuse.engine.windows import (
     slot_of,
     window_of_key,
 )
+from spendfuse.wire.base import NANOS_MAX
 
 NANOS: Final = 0
 TOKENS: Final = 1
@@ -76,9 +77,7 @@ class Spend:
             self.prune(plan, now_us)
             self.windows[window.key] = [nanos, tokens, 1]
         else:
-            totals[NANOS] += nanos
-            totals[TOKENS] += tokens
-            totals[CALLS] += 1
+            _add(totals, nanos, tokens, 1)
 
     def _add_to_slot(self, rolling_s: int, ts_us: int, now_us: int, nanos: int, tokens: int) -> None:
         slot = slot_of(rolling_s, ts_us)
@@ -92,15 +91,15 @@ class Spend:
                 del slots[old]
             slots[slot] = [nanos, tokens, 1]
         else:
-            totals[NANOS] += nanos
-            totals[TOKENS] += tokens
-            totals[CALLS] += 1
+            _add(totals, nanos, tokens, 1)
 
     def prune(self, plan: Plan, now_us: int) -> None:
         """Drop the windows that have closed for good; the hour before the running one stays, for the burn rate."""
         keep_us = max(plan.grace_us, 3_600_000_000)
         for key in [key for key in self.windows if window_of_key(key).end_us + keep_us <= now_us]:
             del self.windows[key]
+        for rolling_s in [rolling_s for rolling_s in self.rolling if rolling_s not in plan.rolling]:
+            del self.rolling[rolling_s]  # its budget was withdrawn
 
     def hold(self, call_id: str, hold: Hold, now_us: int) -> bool:
         """Remember a call in flight; say whether there was room."""
@@ -127,7 +126,11 @@ class Spend:
             if hold.deadline_us > now_us:
                 nanos += hold.nanos
                 tokens += hold.tokens
-        return nanos, tokens
+        return min(nanos, NANOS_MAX), tokens
+
+    def held_until(self) -> int:
+        """Return the last deadline of the calls in flight, in microseconds since the epoch; 0 when there are none."""
+        return max((hold.deadline_us for hold in self.holds.values()), default=0)
 
     def in_window(self, key: str) -> Totals:
         """Return the sums of a calendar window or of the run; zeros when nothing was spent in it."""
@@ -139,9 +142,17 @@ class Spend:
         sums = [0, 0, 0]
         for slot, totals in self.rolling.get(rolling_s, {}).items():
             if slot >= oldest:  # a slot ahead of the clock counts too: an emitter's skew must not hide spend
-                for index, value in enumerate(totals):
-                    sums[index] += value
+                _add(sums, *totals)
         return sums
+
+
+def _add(totals: Totals, nanos: int, tokens: int, calls: int) -> None:
+    # Money stops at what the audit can store (9.2 thousand million units): absurd usage must not stop a partition.
+    # Such an addition is still associative, so no order or split of the usage changes the sum.
+    total = totals[NANOS] + nanos
+    totals[NANOS] = total if total < NANOS_MAX else NANOS_MAX
+    totals[TOKENS] += tokens
+    totals[CALLS] += calls
 
 
 def merged(parts: Iterable[Spend]) -> Spend:
@@ -149,15 +160,11 @@ def merged(parts: Iterable[Spend]) -> Spend:
     whole = Spend()
     for part in parts:
         for key, totals in part.windows.items():
-            known = whole.windows.setdefault(key, [0, 0, 0])
-            for index, value in enumerate(totals):
-                known[index] += value
+            _add(whole.windows.setdefault(key, [0, 0, 0]), *totals)
         for rolling_s, slots in part.rolling.items():
             whole_slots = whole.rolling.setdefault(rolling_s, {})
             for slot, totals in slots.items():
-                known = whole_slots.setdefault(slot, [0, 0, 0])
-                for index, value in enumerate(totals):
-                    known[index] += value
+                _add(whole_slots.setdefault(slot, [0, 0, 0]), *totals)
         if part.first_us and (not whole.first_us or part.first_us < whole.first_us):
             whole.first_us = part.first_us
         whole.newest_us = max(whole.newest_us, part.newest_us)

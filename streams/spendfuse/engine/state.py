@@ -10,10 +10,14 @@ NOTED_MAX: Final = 256
 
 
 class Fired(NamedTuple):
-    """The highest threshold that fired in one window (1/10,000 of the cap), and until when it stands."""
+    """The highest threshold that fired in one window (1/10,000 of the cap), until when it stands, and what was ordered.
+
+    `order` is the action, with a digest of what degrading means; `shadow ...` when it was decided and not sent.
+    """
 
     fraction: int
     until_us: int
+    order: str = ""
 
 
 @dataclass(slots=True)
@@ -39,12 +43,16 @@ class ScopeState:
 
 @dataclass(slots=True)
 class Part:
-    """One packed partition's share of a shared scope, as of an offset of `usage.packed.v1`."""
+    """One packed partition's share of a shared scope, as of an offset of `usage.packed.v1`.
+
+    Its holds count until `held_until_us`; 0 when that is not known.
+    """
 
     as_of: int
     spend: Spend
     held_nanos: int = 0
     held_tokens: int = 0
+    held_until_us: int = 0
 
 
 @dataclass(slots=True)

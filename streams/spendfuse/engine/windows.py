@@ -45,13 +45,9 @@ def _window_of_quarter(kind: str, zone: str, quarter: int) -> Window:
 
 
 def _bounds(kind: str, zone: ZoneInfo, ts_us: int) -> tuple[int, int]:
-    local = from_us(ts_us).astimezone(zone)
     if kind == "hour":
-        # By the offset in force, so that the hour a clock repeats in autumn is two windows.
-        offset_us = to_us(local.replace(tzinfo=UTC)) - ts_us
-        start = (ts_us + offset_us) // HOUR_US * HOUR_US - offset_us
-        return start, start + HOUR_US
-    first = local.date()
+        return _hour_bounds(zone, ts_us)
+    first = from_us(ts_us).astimezone(zone).date()
     if kind == "week":
         first -= timedelta(days=first.weekday())
         after = first + timedelta(days=7)
@@ -62,6 +58,23 @@ def _bounds(kind: str, zone: ZoneInfo, ts_us: int) -> tuple[int, int]:
         after = first + timedelta(days=1)
     start, end = (to_us(datetime(day.year, day.month, day.day, tzinfo=zone).astimezone(UTC)) for day in (first, after))
     return start, end
+
+
+def _hour_bounds(zone: ZoneInfo, ts_us: int) -> tuple[int, int]:
+    # By the offset in force, so that the hour a clock repeats in autumn is two windows. Where a clock moves by less
+    # than an hour (Lord Howe), the hour it moves in is cut there: windows never overlap.
+    offset_us = _offset_us(zone, ts_us)
+    start = (ts_us + offset_us) // HOUR_US * HOUR_US - offset_us
+    end = start + HOUR_US
+    while _offset_us(zone, start) != offset_us:
+        start += QUARTER_US
+    while _offset_us(zone, end - 1) != offset_us:
+        end -= QUARTER_US
+    return start, end
+
+
+def _offset_us(zone: ZoneInfo, ts_us: int) -> int:
+    return to_us(from_us(ts_us).astimezone(zone).replace(tzinfo=UTC)) - ts_us
 
 
 def window_of_key(key: str) -> Window:

@@ -7,6 +7,8 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
+YEAR_MIN = 1970
+YEAR_MAX = 9998
 
 TOKENS_MAX = 1_000_000_000
 """Upper bound of one counter of one usage, in tokens."""
@@ -38,18 +40,29 @@ TagValue = Annotated[str, Field(max_length=128, pattern=LINE_PATTERN)]
 Count = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
 Amount = Annotated[int, Field(ge=0, le=NANOS_MAX)]
 Sequence = Annotated[int, Field(ge=0, le=SAFE_INTEGER_MAX)]
-Offset = Annotated[int, Field(ge=0, le=2**62)]
+OFFSET_MAX = 2**47 - 1
+"""Upper bound of an offset: with the place inside a pack (16 bits) it is still a signed 64-bit position."""
+Offset = Annotated[int, Field(ge=0, le=OFFSET_MAX)]
 Partition = Annotated[int, Field(ge=0, le=65_535)]
 
 
 def to_utc(value: datetime) -> datetime:
-    """Return the same instant with the offset written as UTC."""
-    return value.astimezone(UTC)
+    """Return the same instant with the offset written as UTC.
+
+    Raises `ValueError` outside the years 1970 to 9998, in which every window of every zone can be computed.
+    """
+    # The year is checked as written, before the conversion: that one overflows at both ends of the calendar.
+    if not YEAR_MIN <= value.year <= YEAR_MAX:
+        raise ValueError(f"the year {value.year} is outside {YEAR_MIN} to {YEAR_MAX}: use an instant of that time")
+    utc = value.astimezone(UTC)
+    if utc < EPOCH:
+        raise ValueError(f"{rfc3339(utc)} is before 1970-01-01T00:00:00Z: use a later instant")
+    return utc
 
 
 def rfc3339(value: datetime) -> str:
     """Return an instant as RFC 3339 in UTC with microseconds and `Z`."""
-    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return value.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 def to_us(value: datetime) -> int:

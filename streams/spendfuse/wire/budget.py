@@ -8,6 +8,10 @@ from pydantic import AfterValidator, Field, model_validator
 from spendfuse.wire.base import Amount, Instant, Line, ModelName, Name, WireModel
 
 CAPS_MAX: Final = 16
+RESERVED_BUDGET: Final = "manual"
+"""The budget of a person's halt: no budget of this name, so that no cap's resume can lift it."""
+UNKNOWN_MODEL_CAP: Final = "unknown-model"
+"""The cap of the halt for a model without a price: no cap of this name, for the same reason."""
 WARNS_MAX: Final = 8
 GRACE_S_MAX: Final = 7 * 86_400
 BASIS_POINTS: Final = 10_000
@@ -121,6 +125,14 @@ class Budget(WireModel):
         twice = sorted({name for name in ids if ids.count(name) > 1})
         if twice:
             raise ValueError(f"cap ids must differ within a budget; used twice: {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _reserved_names_are_free(self) -> Self:
+        if self.id == RESERVED_BUDGET:
+            raise ValueError(f"budget id {self.id!r} is kept for a person's halts: use another id")
+        if any(cap.id == UNKNOWN_MODEL_CAP for cap in self.caps):
+            raise ValueError(f"cap id {UNKNOWN_MODEL_CAP!r} is kept for unknown_model: deny; use another id")
         return self
 
     @model_validator(mode="after")

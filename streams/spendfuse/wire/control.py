@@ -17,11 +17,11 @@ from spendfuse.wire.base import (
     Sequence,
     WireModel,
 )
-from spendfuse.wire.budget import Unit, WindowKind
+from spendfuse.wire.budget import RESERVED_BUDGET, Unit, WindowKind
 
 Action = Literal["warn", "degrade", "halt", "resume"]
 AlertKind = Literal["warn", "degrade", "halt", "resume", "shadow", "unknown_model", "violation", "lag"]
-MANUAL_BUDGET = "manual"
+MANUAL_BUDGET = RESERVED_BUDGET
 MANUAL_CAP = "halt"
 """A person's halt has this budget and cap, so no cap's resume can lift it."""
 

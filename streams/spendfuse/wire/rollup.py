@@ -14,7 +14,8 @@ Sums = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_leng
 class Rollup(WireModel):
     """A partition's totals of a scope as of an offset of `usage.packed.v1` (`rollups.v1`, key = scope).
 
-    Totals are cumulative `[nanos, tokens, calls]`: they replace what the partition said before. Holds are a gauge.
+    Totals are cumulative `[nanos, tokens, calls]`: they replace what the partition said before. Holds are a gauge,
+    good until `held_until_us` (the last of their deadlines): a partition that falls silent must not hold for ever.
     """
 
     v: Literal[1] = 1
@@ -25,6 +26,7 @@ class Rollup(WireModel):
     rolling: Annotated[dict[int, dict[int, Sums]], Field(max_length=64)] = Field(default_factory=dict)
     held_nanos: Amount = 0
     held_tokens: Amount = 0
+    held_until_us: Annotated[int, Field(ge=0)] = 0
     first_us: int = 0
     newest_us: int = 0
     cause: Cause

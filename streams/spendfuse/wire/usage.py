@@ -1,5 +1,7 @@
 """Usage v1: the tokens of one model call, single or packed."""
 
+from re import Pattern
+from re import compile as compile_pattern
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, TypeAdapter, model_validator
@@ -120,6 +122,8 @@ class UsagePack(WireModel):
 _SINGLE_OR_PACKED: Final[TypeAdapter[Usage | UsagePack]] = TypeAdapter(Usage | UsagePack)
 _SINGLE: Final = TypeAdapter(Usage)
 _PACKED: Final = TypeAdapter(UsagePack)
+_PACK_HEAD: Final[Pattern[bytes]] = compile_pattern(rb'\s*\{\s*(?:"v"\s*:\s*1\s*,\s*)?"usages"\s*:')
+"""How a pack begins when it is written as most are; a usage may say "usages" too, as a tag."""
 
 
 def strip_confluent_prefix(value: bytes) -> bytes:
@@ -133,7 +137,7 @@ def decode_usages(value: bytes) -> list[Usage]:
     Raises `pydantic.ValidationError` naming each field at fault.
     """
     payload = strip_confluent_prefix(value)
-    if b'"usages"' in payload[:32]:
+    if _PACK_HEAD.match(payload):
         return _PACKED.validate_json(payload).usages
     if b'"usages"' in payload:  # a pack whose "usages" is not written first, or a usage with that tag
         message = _SINGLE_OR_PACKED.validate_json(payload)

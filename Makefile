@@ -1,0 +1,52 @@
+# The two commands are `make demo` and `make test`. Both make .venv themselves, with plain Python.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+UV := $(PY) -m uv
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint generate lock bench screenshots clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "spendfuse needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+demo: $(STAMP) ## the weekend, stopped: broker, worker, ClickHouse and 23 agents on this machine
+	@$(VENV)/bin/spendfuse demo
+
+test: $(STAMP) check ## every test that this machine can run; a skip prints why
+	$(PY) -m pytest
+
+check: $(STAMP) lint ## generated files are what their sources say
+	$(PY) schemas/generate.py --check
+	$(PY) schemas/build_price_book.py --check
+	$(PY) -m spendfuse.grafana.generate --check
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+generate: $(STAMP) ## write the generated files anew
+	$(PY) schemas/generate.py
+	$(PY) schemas/build_price_book.py
+	$(PY) -m spendfuse.grafana.generate
+
+bench: $(STAMP) ## what the worker takes, and halt lag on a real Kafka (needs Java and Maven)
+	$(PY) -m tests.bench.throughput
+
+lock: $(STAMP) ## pin every dependency again, with hashes and without addresses
+	$(PY) -m pip install --quiet uv
+	$(UV) pip compile pyproject.toml --extra all --extra prices --group dev --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --no-annotate -o requirements.lock
+
+clean: ## forget the virtual environment and caches
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .spendfuse

@@ -1,0 +1,67 @@
+"""From `BrokerSettings` to what aiokafka's clients take. The result may hold a password: never log or print it."""
+
+from typing import Any, Final
+
+from aiokafka.helpers import create_ssl_context
+
+from spendfuse.settings import BrokerSettings
+from spendfuse.wire.topics import MESSAGE_BYTES_MAX
+
+REQUEST_TIMEOUT_MS: Final = 10_000
+"""Longest a request, or a record waiting in a producer, takes before it fails and is tried anew."""
+RETRY_BACKOFF_MS: Final = 100
+METADATA_AGE_MS_MAX: Final = 60_000
+
+
+def client_options(broker: BrokerSettings, client_id: str) -> dict[str, Any]:
+    """Return what every aiokafka client takes: servers, security and the bounds of a request.
+
+    Raises OSError (and its ssl.SSLError) when the CA file cannot be read.
+    """
+    options: dict[str, Any] = {
+        "bootstrap_servers": broker.bootstrap_servers,
+        "client_id": client_id,
+        "security_protocol": broker.security_protocol,
+        "request_timeout_ms": REQUEST_TIMEOUT_MS,
+        "retry_backoff_ms": RETRY_BACKOFF_MS,
+        "metadata_max_age_ms": METADATA_AGE_MS_MAX,
+    }
+    if broker.security_protocol in ("SSL", "SASL_SSL"):
+        options["ssl_context"] = create_ssl_context(cafile=broker.ssl_cafile or None)
+    if broker.security_protocol in ("SASL_PLAINTEXT", "SASL_SSL"):
+        options["sasl_mechanism"] = broker.sasl_mechanism
+        options["sasl_plain_username"] = broker.sasl_username
+        options["sasl_plain_password"] = broker.sasl_password.get_secret_value()
+    return options
+
+
+def admin_options(broker: BrokerSettings, client_id: str) -> dict[str, Any]:
+    """Return the keyword arguments of an `AIOKafkaAdminClient`."""
+    return client_options(broker, client_id)
+
+
+def producer_options(broker: BrokerSettings, client_id: str) -> dict[str, Any]:
+    """Return the keyword arguments of an `AIOKafkaProducer` that waits for every replica and lingers for nothing."""
+    return {
+        **client_options(broker, client_id),
+        "acks": "all",
+        "linger_ms": 0,
+        "max_batch_size": broker.producer_max_batch_size,
+        "max_request_size": MESSAGE_BYTES_MAX,
+    }
+
+
+def consumer_options(broker: BrokerSettings, client_id: str) -> dict[str, Any]:
+    """Return the keyword arguments of an `AIOKafkaConsumer` that starts at the beginning and commits nothing itself.
+
+    The session, rebalance and heartbeat timings matter only with a `group_id`.
+    """
+    return {
+        **client_options(broker, client_id),
+        "auto_offset_reset": "earliest",
+        "enable_auto_commit": False,
+        "fetch_max_wait_ms": broker.fetch_max_wait_ms,
+        "session_timeout_ms": broker.session_timeout_ms,
+        "rebalance_timeout_ms": broker.rebalance_timeout_ms,
+        "heartbeat_interval_ms": broker.heartbeat_interval_ms,
+    }
