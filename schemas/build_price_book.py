@@ -41,6 +41,7 @@ HERE: Final = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "streams"))
 
 from spendfuse.engine.prices import rows_sha256  # noqa: E402 - the source root is put on the path first
+from spendfuse.wire.base import MODEL_PATTERN  # noqa: E402 - the same
 from spendfuse.wire.prices import LongContext, PriceBookFile, PriceRow, Rates  # noqa: E402 - the same
 
 BOOK: Final = "2026-11-23"
@@ -48,7 +49,7 @@ SOURCE_VERSION: Final = "0.2.3"
 TARGET: Final = HERE / "pricebook" / f"{BOOK}.json"
 FILE_BYTES_MAX: Final = 1_500_000
 NAMES_MAX: Final = 64
-NAME_CHARS_MAX: Final = 128
+NAME: Final = re.compile(MODEL_PATTERN.removeprefix("^").removesuffix("$") + r"\*?")
 NANOS: Final = 10**9
 
 PROVIDER_IDS: Final = ("anthropic", "openai", "google", "mistral", "x-ai", "deepseek", "groq", "aws", "azure")
@@ -168,9 +169,9 @@ def names_of(provider: Provider, model: ModelInfo, report: Report) -> list[str]:
             report.add("a name", f"{provider.id}/{model.id} ({reason})")
     names: list[str] = []
     for name in candidates.values():
-        if len(name.text) > NAME_CHARS_MAX or "*" in name.text[:-1]:
-            raise ValueError(f"{provider.id}/{model.id}: name {name.text!r} does not fit the wire model")
-        if all(provider.find_model(probe, all_providers=PROVIDERS) is model for probe in name.probes):
+        if not NAME.fullmatch(name.text):
+            report.add("a name that no usage can carry", f"{provider.id}/{name.text}")
+        elif all(provider.find_model(probe, all_providers=PROVIDERS) is model for probe in name.probes):
             names.append(name.text)
         else:
             report.add("a name that another model takes first", f"{provider.id}/{name.text}")

@@ -124,7 +124,8 @@ SIGNED_HEADERS: Final[dict[str, Any]] = {
         **CLOUDEVENTS_HEADERS["properties"],
         SIGNATURE_HEADER: {
             "type": "string",
-            "description": "Ed25519 over `spendfuse-sig-v1\\n` + topic + `\\n` + key + `\\n` + value",
+            "pattern": "^ed25519;kid=[A-Za-z0-9][A-Za-z0-9._+-]{0,63};[A-Za-z0-9+/]{86}==$",
+            "description": "Ed25519 over `spendfuse-sig-v1\\n` + topic + `\\n` + key + `\\n` + value, in base64",
         },
     },
 }

@@ -5,6 +5,7 @@ budget's zone is its own, else its workspace's, else UTC; a cap's id is derived 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 import yaml
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from spendfuse.adapters import budget_values as values
 from spendfuse.adapters.yaml_nodes import (
     FAULTS_MAX,
+    TEXT_CHARS_MAX,
     BadValueError,
     Fault,
     NodeReader,
@@ -127,6 +129,19 @@ def parse(text: str, *, name: str, currency: str = "USD", zones: Mapping[str, st
     if reader.faults:
         raise BudgetFileError(name, reader.faults)
     return found
+
+
+def load(path: Path, *, currency: str = "USD", zones: Mapping[str, str] | None = None) -> BudgetFile:
+    """Return what the budget file at `path` says; as `parse`, also for a file that cannot be read."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(TEXT_CHARS_MAX + 1)
+    except OSError as error:
+        fault = Fault(1, 1, "", f"the file cannot be read: {error.strerror or error}", "check its name and rights")
+        raise BudgetFileError(str(path), [fault]) from error
+    except UnicodeDecodeError as error:
+        raise BudgetFileError(str(path), [Fault(1, 1, "", "the file is not UTF-8", "save it as UTF-8")]) from error
+    return parse(text, name=str(path), currency=currency, zones=zones)
 
 
 def with_versions(new: Iterable[Budget], current: Mapping[str, Budget]) -> list[Budget]:
@@ -332,6 +347,7 @@ class _Reader(NodeReader):
         if spec is not None and spec.kind == "run" and scope is not None and not scope.startswith("run:"):
             problem = f"window run needs a scope run:..., but the scope is {scope}"
             self.fault(keys["window"], f"{path}.window", problem, "write scope: run:workspace/*, or another window")
+            return None
         if sized is None or spec is None:
             return None
         size, unit = sized

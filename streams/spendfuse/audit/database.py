@@ -1,10 +1,11 @@
 """ClickHouse through clickhouse-connect: a server, or chDB (the engine in this process), by the same few calls."""
 
+import fcntl
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from urllib.parse import unquote, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
@@ -38,9 +39,11 @@ class DatabaseUnavailableError(Exception):
 class Database:
     """One ClickHouse database: insert with a token, query, command. Blocking; one caller at a time."""
 
-    def __init__(self, client: "Client", name: str) -> None:
+    def __init__(self, client: "Client", name: str, owned: BinaryIO | None = None) -> None:
+        """Take a client, and with it the lock file that says who owns an embedded engine."""
         self.name = name
         self._client = client
+        self._owned = owned
         self._types: dict[str, list[Any]] = {}
 
     def insert(self, table: Table, token: str) -> None:
@@ -74,6 +77,8 @@ class Database:
     def close(self) -> None:
         """Close the connection, or this handle of the engine."""
         self._client.close()
+        if self._owned is not None:
+            self._owned.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +104,10 @@ class Engine:
         return f"{self.path}?{urlencode(self.options)}"
 
     def prepare(self) -> None:
-        """Create the directory and write the engine's grants: append-only by right, not by promise.
+        """Write the engine's grants: append-only by right, not by promise.
 
         No DROP TABLE, TRUNCATE, ALTER UPDATE or DELETE; no file, url or other source; migrations may create and add.
         """
-        if not _DATABASE_NAME.fullmatch(self.database):
-            raise DatabaseUnavailableError(f"{self.database!r} is not a database name: use a-z, 0-9 and _")
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         users = self.directory / "users.xml"
         users.write_text(_USERS.format(database=self.database), encoding="utf-8")
         (self.directory / "config.xml").write_text(_CONFIG.format(users=escape(str(users.resolve()))), encoding="utf-8")
@@ -136,24 +138,39 @@ def open_embedded(engine: Engine) -> Database:
 
     Raises DatabaseUnavailableError when chDB is not installed or another process has the directory.
     """
-    engine.prepare()
+    if not _DATABASE_NAME.fullmatch(engine.database):
+        raise DatabaseUnavailableError(f"{engine.database!r} is not a database name: use a-z, 0-9 and _")
+    engine.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owned = _own(engine.directory)
     try:
+        engine.prepare()
         client = clickhouse_connect.get_client(interface="chdb", path=engine.path, chdb_options=engine.options)
     except ImportError as error:
+        owned.close()
         raise DatabaseUnavailableError(
             "the embedded ClickHouse needs the chdb package: pip install 'spendfuse[embedded]', "
             "or name a server in SPENDFUSE_CLICKHOUSE_URL"
         ) from error
     except ClickHouseError as error:
-        if "lock file" in str(error):
-            raise DatabaseUnavailableError(
-                f"{engine.directory} belongs to another audit process that is running: stop it, "
-                "or give this one a directory of its own in SPENDFUSE_CHDB_DIR"
-            ) from error
+        owned.close()
         raise DatabaseUnavailableError(
             f"the embedded ClickHouse in {engine.directory} does not open: {error}"
         ) from error
-    return Database(client, engine.database)
+    return Database(client, engine.database, owned)
+
+
+def _own(directory: Path) -> BinaryIO:
+    """Lock the directory for this process: the engine's own refusal does not say why it refuses."""
+    lock = (directory / "owner.lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise DatabaseUnavailableError(
+            f"{directory} belongs to another audit process that is running: stop it, "
+            "or give this one a directory of its own in SPENDFUSE_CHDB_DIR"
+        ) from error
+    return lock
 
 
 def open_server(settings: AuditSettings) -> Database:

@@ -45,8 +45,15 @@ SETTINGS_ALLOWED: Final = frozenset({
 _PARSED: Final = "SELECT formatQuerySingleLine({statement:String})"
 _QUOTED: Final = re.compile(r"'(?:\\.|[^'\\])*'|`(?:\\.|[^`\\])*`|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 _READS: Final = re.compile(r"\(*(?:SELECT|WITH|SHOW|DESCRIBE|EXISTS|EXPLAIN)\b")
-# The engine writes keywords in capitals, function names without quotes, and one blank at a time.
-_REFUSED: Final = re.compile(r"\bINTO OUTFILE\b|\bPARALLEL WITH\b|\bSETTINGS \w+ = |\bfile\(")
+# The engine writes keywords in capitals, one blank at a time, and quotes no name that does not need it. The names are
+# refused wherever they stand: `arrayMap(file, ...)` and `APPLY file` call without a parenthesis.
+_REFUSED: Final = re.compile(
+    r"\bINTO OUTFILE\b|\bPARALLEL WITH\b|\bSETTINGS \w+ = "
+    r"|(?i:\b(?:file|eval|python|arrowstream|executable|ai(?:classify|embed|extract|filter|generate|redact|similarity"
+    r"|translate))\b)"
+)
+_IDENTIFIER: Final = re.compile(r"\{(\w+):Identifier\}")
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z_]\w*")
 _FORMAT: Final = re.compile(r"\bFORMAT (\w+)\s*\Z")
 _DATABASE: Final = re.compile(r"[A-Za-z_]\w{0,62}")
 _CODE: Final = re.compile(r"Code: (\d+)\.")
@@ -109,7 +116,7 @@ def _run(handle: Any, query: Query) -> Answer:
         handle.query(f"SET {name} = {_quoted(str(value)[:SETTING_CHARS_MAX])}")
     handle.query("SET readonly = 1")
     parsed = handle.query(_PARSED, "TSVRaw", params={"statement": _escaped(query.statement)}).bytes().decode()
-    check_statement(parsed)
+    check_statement(parsed, query.parameters)
     result = handle.query(query.statement, query.output_format, params=dict(query.parameters))
     named = _FORMAT.search(parsed)
     return Answer(
@@ -121,7 +128,7 @@ def _run(handle: Any, query: Query) -> Answer:
     )
 
 
-def check_statement(parsed: str) -> None:
+def check_statement(parsed: str, parameters: Mapping[str, str]) -> None:
     """Raise QueryRefusedError unless a statement, as the engine writes it, only reads tables."""
     bare = _QUOTED.sub("''", parsed)
     if not _READS.match(bare):
@@ -129,7 +136,11 @@ def check_statement(parsed: str) -> None:
             READONLY, "this endpoint is read-only: SELECT, WITH, SHOW, DESCRIBE, EXISTS and EXPLAIN"
         )
     if found := _REFUSED.search(bare):
-        raise QueryRefusedError(READONLY, f"this endpoint reads tables only: {found[0].strip('( =')} is refused")
+        raise QueryRefusedError(READONLY, f"this endpoint reads tables only: {found[0].strip(' =')} is refused")
+    for name in _IDENTIFIER.findall(bare):
+        value = parameters.get(name, "")
+        if not _PLAIN_NAME.fullmatch(value) or _REFUSED.search(value):
+            raise QueryRefusedError(READONLY, f"parameter {name} is not the name of a table or column")
 
 
 def _refused(error: RuntimeError) -> QueryRefusedError:

@@ -65,7 +65,7 @@ def where_to_start(database: Database, partition: int, header: BatchHeader | Non
         if committed is not None:
             raise TrailError(
                 f"ledger partition {partition}: the database has {known} batches and the topic of batch headers has "
-                "none. Was the topic deleted? Point the audit at a new, empty database: it is filled from the whole ledger"
+                "none. Was the topic deleted? Point the audit at a new, empty database: it is filled from the ledger"
             )
         return Start(1, known + 1, None, "the broker is new: batches go on from the beginning of its ledger")
     if known is None and header.seq > 1:

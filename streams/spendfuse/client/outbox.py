@@ -166,8 +166,10 @@ class Outbox(Generic[T]):
     def _start_sender(self) -> None:
         try:
             running = BACKGROUND.spawn(self._send_for_ever())
-        except RuntimeError as error:  # no thread can be started at the very end of a process
+        except RuntimeError as error:  # no thread can be started just now, or at the very end of a process
             _log.warning("spendfuse cannot send to %s: %s", self._topic, error)
+            with self._lock:
+                self._running = None  # the next item tries again
             return
         with self._lock:
             if self._closed:

@@ -1,0 +1,2 @@
+-- The teams of the workspace.
+SELECT DISTINCT team FROM spend_1d WHERE workspace = ${workspace:singlequote} ORDER BY team

@@ -1,0 +1,2 @@
+-- The workspaces that have spent.
+SELECT DISTINCT workspace FROM spend_1d ORDER BY workspace
