@@ -41,7 +41,8 @@ generate: $(STAMP) ## write the generated files anew
 	$(PY) -m spendfuse.grafana.generate
 
 bench: $(STAMP) ## what the worker takes, and halt lag on a real Kafka (needs Java and Maven)
-	$(PY) -m tests.bench.throughput
+	$(PY) tests/bench/throughput.py
+	$(PY) tests/bench/halt_lag.py
 
 lock: $(STAMP) ## pin every dependency again, with hashes and without addresses
 	$(PY) -m pip install --quiet uv

@@ -38,7 +38,7 @@ SELECT s.team AS team, s.agent AS agent,
   if(max(c.newest_at) = toDateTime64(0, 6, 'UTC'), NULL, max(c.newest_at)) AS commanded_at,
   any(s.cost) AS cost, any(s.calls) AS calls, any(s.runs) AS runs, any(s.tokens) AS tokens, any(s.cache_hit) AS cache_hit,
   any(s.last_call) AS last_call
-FROM (SELECT * FROM spent ARRAY JOIN scopes AS scope) AS s
+FROM (SELECT *, scope FROM spent ARRAY JOIN scopes AS scope) AS s
 LEFT JOIN by_scope AS c ON c.scope = s.scope
 GROUP BY team, agent
 ORDER BY cost DESC, team, agent

@@ -5,5 +5,5 @@ SELECT quantileExactOrNull(0.5)(assumeNotNull(halt_lag_us)) / 1000 AS p50,
 FROM commands_acked
 WHERE action = 'halt' AND halt_lag_us IS NOT NULL
   AND workspace = ${workspace:singlequote} AND $__timeFilter_ms(issued_at)
-  AND $__conditionalAll(splitByChar('/', assumeNotNull(agent))[2] IN (${team:singlequote}), $team)
-  AND $__conditionalAll(splitByChar('/', assumeNotNull(agent))[3] IN (${agent:singlequote}), $agent)
+  AND $__conditionalAll(splitByChar('/', agent)[2] IN (${team:singlequote}), $team)
+  AND $__conditionalAll(splitByChar('/', agent)[3] IN (${agent:singlequote}), $agent)

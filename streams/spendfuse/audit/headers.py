@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from typing import Final
 
 import structlog
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.errors import UnknownTopicOrPartitionError
 from pydantic import ValidationError
 
 from spendfuse.audit.batches import BatchHeader
@@ -13,6 +14,7 @@ from spendfuse.client.connection import consumer_options
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.base import encode
 
+CLIENT_ID: Final = "spendfuse-audit-headers"
 READ_TIMEOUT_S: Final = 60.0
 POLL_MS: Final = 200
 RECORDS_PER_POLL: Final = 100
@@ -33,13 +35,14 @@ async def last_headers(broker: BrokerSettings, topic: str, partitions: Iterable[
     """
     wanted = set(partitions)
     found: dict[int, BatchHeader] = {}
-    # The id says what it is for, in the broker's own logs.
-    consumer = AIOKafkaConsumer(**consumer_options(broker, "spendfuse-audit-headers"))
+    consumer = AIOKafkaConsumer(topic, **consumer_options(broker, CLIENT_ID))
     async with asyncio.timeout(READ_TIMEOUT_S):
         try:
             await consumer.start()
-            assigned = [TopicPartition(topic, number) for number in await _partitions(consumer, topic)]
-            consumer.assign(assigned)
+            # Without a group all partitions are assigned at once. None at all would read as "no header yet".
+            assigned = consumer.assignment()
+            if not assigned:
+                raise UnknownTopicOrPartitionError(f"the broker does not say which partitions {topic} has")
             await consumer.seek_to_beginning(*assigned)
             ends = await consumer.end_offsets(assigned)
             while any([await consumer.position(part) < end for part, end in ends.items()]):
@@ -49,11 +52,6 @@ async def last_headers(broker: BrokerSettings, topic: str, partitions: Iterable[
         finally:
             await consumer.stop()
     return found
-
-
-async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> list[int]:
-    await consumer.topics()
-    return sorted(consumer.partitions_for_topic(topic) or ())
 
 
 def _keep_last(found: dict[int, BatchHeader], wanted: set[int], value: bytes | None, offset: int) -> None:

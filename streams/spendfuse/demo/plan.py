@@ -25,9 +25,9 @@ WORKFLOW: Final = "competitor-research"
 PROVIDER: Final = "anthropic"
 MODEL: Final = "claude-opus-4-6"
 
-CALL_NANOS_MEAN: Final = 700_000_000
+CALL_NANOS_MEAN: Final = 1_000_000_000
 """What one call costs on average: a long context on a dear model."""
-CONTEXT_MAX: Final = 180_000
+CONTEXT_MAX: Final = 120_000
 """Tokens at which a loop starts over with a short context."""
 GRANULE_NANOS: Final = 500
 """What one cached token costs, the smallest step a sum of calls can take at these rates."""

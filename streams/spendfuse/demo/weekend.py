@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FRIDAY_US: Final = 1_794_592_800_000_000
 """Friday 2026-11-13 18:00 UTC, about when the weekend starts: the clock runs while the machine starts up."""
 LEAD_S: Final = 8.0
-SPAN_S_DEFAULT: Final = 40
+SPAN_S_DEFAULT: Final = 55
 """Wall seconds of the 72 hours."""
 GUARD_FETCH_WAIT_MS: Final = "50"
 """23 guards wait at one embedded broker: 50 ms keeps them from taking half a core (measured)."""

@@ -5,7 +5,7 @@ Source of the rules: design.md section 5. More spend never rearms; a raised budg
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -17,22 +17,26 @@ from spendfuse.engine.windows import (
     FOREVER_US,
     ROLLING_SLOTS,
     RUN_WINDOW,
+    SECOND_US,
     Window,
     calendar_window,
     oldest_slot,
+    slot_of,
     slot_us,
     window_of_key,
 )
-from spendfuse.wire.base import SAFE_INTEGER_MAX, from_us
-from spendfuse.wire.budget import BASIS_POINTS, Budget
+from spendfuse.wire.base import NANOS_MAX, SAFE_INTEGER_MAX, from_us
+from spendfuse.wire.budget import BASIS_POINTS, UNKNOWN_MODEL_CAP, Budget
 from spendfuse.wire.control import Action, Alert, Cause, Command, CommandWindow, Degrade, Measure
 
 US_PER_MS: Final = 1_000
 SEQ_PER_MS: Final = 1_000
-UNKNOWN_MODEL_CAP: Final = "unknown-model"
 SEVERITY: Final = {"warn": "warning", "degrade": "warning", "halt": "critical", "resume": "info"}
-FIRED_MAX: Final = 64
-"""Most windows whose firing one fuse remembers; the oldest are past their grace long before."""
+FIRED_MAX: Final = 256
+"""Most windows whose firing one fuse remembers: more than the hours of the longest grace (7 days)."""
+SEQ_KEPT_US: Final = 45 * 86_400_000_000
+"""How long a withdrawn budget's sequence is remembered: as long as its commands lie in their topic."""
+SHADOW: Final = "shadow "
 
 
 class CausedBy(NamedTuple):
@@ -53,6 +57,8 @@ class Held(NamedTuple):
 
 
 NOTHING_HELD: Final = Held()
+NOBODY: Final = CausedBy("", 0, 0, 0)
+"""The cause of what a changed budget leads to."""
 
 
 @dataclass(slots=True)
@@ -102,8 +108,7 @@ def decide(
             if crossing.action is None:
                 continue
             fuse = fuses.setdefault(limit.key, Fuse())
-            fired = fuse.fired.get(crossing.window.key)
-            if fired is not None and crossing.fraction <= fired.fraction and not _prolongs(crossing, fired, now_us):
+            if not _is_news(crossing, fuse, now_us):
                 continue
             effects = effects or Effects()
             _fire(scope, crossing, fuse, cause, effects, now_us=now_us, price_book=price_book)
@@ -119,32 +124,75 @@ def reconsider(
     *,
     now_us: int,
     price_book: str,
+    denying: Mapping[str, Budget] | None = None,
 ) -> Effects | None:
-    """Return what a changed budget or a correction calls for: new trips, and the lifting of what no longer holds."""
+    """Return what a changed budget or a correction calls for: new trips, and the lifting of what no longer holds.
+
+    Of each cap at most one order is left standing. `denying` are the budgets that deny unknown models, by id; those
+    of the scope itself when absent.
+    """
     effects = Effects()
-    cause = CausedBy("", now_us, 0, 0)
-    known = {limit.key: limit for limit in policy.limits}
+    if denying is None:
+        denying = {budget.id: budget for budget in policy.deny_unknown}
+    known = {limit.key for limit in policy.limits}
     for limit in policy.limits:
-        fuse = fuses.get(limit.key)
-        for crossing in _crossings(limit, spend, held, now_us, now_us, every_window=True):
-            fired = fuse.fired.get(crossing.window.key) if fuse else None
-            stands = fired is not None and fired.until_us > now_us
-            if crossing.action is not None and not stands:
-                fuse = fuses.setdefault(limit.key, Fuse())
-                _fire(scope, crossing, fuse, cause, effects, now_us=now_us, price_book=price_book)
-            elif fuse is not None and fired is not None and stands and crossing.fraction != fired.fraction:
-                if crossing.action is None:
-                    del fuse.fired[crossing.window.key]
-                    _lift(scope, limit.budget, limit.cap.id, fuse, effects, now_us, "the budget was changed")
-                else:
-                    _fire(scope, crossing, fuse, cause, effects, now_us=now_us, price_book=price_book)
+        crossings = _crossings(limit, spend, held, now_us, now_us, every_window=True)
+        _reconsider_limit(scope, limit, list(crossings), fuses, effects, now_us, price_book)
     for key in [key for key in fuses if key not in known]:
         fuse = fuses[key]
-        if any(fired.until_us > now_us for fired in fuse.fired.values()):
-            budget_id, _, cap_id = key.partition("|")
-            _lift(scope, None, cap_id, fuse, effects, now_us, "the budget was withdrawn", budget_id=budget_id)
-        del fuses[key]
+        budget_id, _, cap_id = key.partition("|")
+        if cap_id == UNKNOWN_MODEL_CAP:
+            budget = denying.get(budget_id)
+            wanted = _unknown_model_order(budget, price_book) if budget else None
+            reason = "prices were changed" if wanted else "the budget was changed"
+        else:
+            budget, wanted, reason = None, None, "the budget was withdrawn"
+        standing = _standing(fuse, now_us)
+        if any(fired.order != wanted for fired in standing.values()):
+            _clear(fuse, standing)
+            version = budget.version if budget else 0
+            _lift(scope, budget_id, version, cap_id, fuse, effects, now_us, reason, shadow=not _is_live(standing))
+        if not _standing(fuse, now_us) and fuse.seq < _next_seq(0, now_us - SEQ_KEPT_US):
+            del fuses[key]  # not earlier: the budget may come back, and its commands must not be older than these
     return effects or None
+
+
+def _reconsider_limit(
+    scope: str,
+    limit: Limit,
+    crossings: list["_Crossing"],
+    fuses: dict[str, Fuse],
+    effects: Effects,
+    now_us: int,
+    price_book: str,
+) -> None:
+    running = [crossing for crossing in crossings if crossing.action is not None and crossing.window.end_us > now_us]
+    wanted = max(running, key=lambda crossing: (crossing.fraction, crossing.until_us), default=None)
+    fuse = fuses.get(limit.key)
+    standing = {} if fuse is None else _standing(fuse, now_us)
+    strictest = max(standing, key=lambda key: standing[key][:2], default=None)
+    budget, cap_id = limit.budget, limit.cap.id
+    if fuse is not None and strictest is not None:
+        told = standing[strictest]
+        if wanted is not None and strictest == wanted.window.key and told == _fired(wanted)._replace(until_us=told[1]):
+            if told.until_us != wanted.until_us:  # a rolling sum falls below a changed cap at another time
+                _fire(scope, wanted, fuse, NOBODY._replace(ts_us=now_us), effects, now_us=now_us, price_book=price_book)
+            return
+        _clear(fuse, standing)
+        live = _is_live(standing)
+        # A warning stops nobody, so it lifts a stricter order without saying so: the resume says it.
+        eases = wanted is None or (wanted.action == "warn" and not told.order.endswith("warn"))
+        if eases or (budget.shadow and live):
+            _lift(
+                scope, budget.id, budget.version, cap_id, fuse, effects, now_us, "the budget was changed",
+                shadow=not live,
+            )  # fmt: skip
+        if wanted is not None and told.order == _order(limit, wanted.action) and wanted.fraction < told.fraction:
+            _remember(fuse, wanted, now_us)  # the same order, at less of a raised cap: nothing new to say
+            return
+    if wanted is not None:
+        fuse = fuses.setdefault(limit.key, Fuse())
+        _fire(scope, wanted, fuse, NOBODY._replace(ts_us=now_us), effects, now_us=now_us, price_book=price_book)
 
 
 def deny_unknown_model(
@@ -160,12 +208,16 @@ def deny_unknown_model(
     """Return the halt of an agent that used a model without a price, until the end of the budget's day."""
     effects: Effects | None = None
     for budget in budgets:
-        fuse = fuses.setdefault(f"{budget.id}|{UNKNOWN_MODEL_CAP}", Fuse())
         window = calendar_window("day", budget.timezone, cause.ts_us)
-        if window.key in fuse.fired:
+        if window.end_us + budget.grace_s * SECOND_US <= now_us:
+            continue
+        fuse = fuses.setdefault(f"{budget.id}|{UNKNOWN_MODEL_CAP}", Fuse())
+        # One halt is enough: the day's own, or that of a day that a clock ahead of ours has begun.
+        if window.key in fuse.fired or any(fired.until_us > window.end_us for fired in fuse.fired.values()):
             continue
         effects = effects or Effects()
-        _remember(fuse, window.key, Fired(BASIS_POINTS, window.end_us))
+        order = _unknown_model_order(budget, price_book)
+        _keep(fuse, window.key, Fired(BASIS_POINTS, window.end_us, order), now_us - budget.grace_s * SECOND_US)
         fuse.seq = _next_seq(fuse.seq, cause.ts_us)
         message = (
             f"{scope} used {model}, which has no price, and budget {budget.id} denies unknown models. "
@@ -200,13 +252,21 @@ def _crossings(
         yield _crossing(limit, Window(key, now_us, FOREVER_US), totals, held, spend, now_us)
     elif cap.window.kind == "run":
         yield _crossing(limit, RUN_WINDOW, spend.in_window(RUN_WINDOW.key), held, spend, now_us)
-    elif every_window:
-        prefix = f"{cap.window.kind}@{limit.budget.timezone}@"
-        for key in [key for key in spend.windows if key.startswith(prefix)]:
-            yield _crossing(limit, window_of_key(key), spend.windows[key], held, spend, now_us)
     else:
-        window = calendar_window(cap.window.kind, limit.budget.timezone, ts_us)
-        yield _crossing(limit, window, spend.in_window(window.key), held, spend, now_us)
+        kind, zone = cap.window.kind, limit.budget.timezone
+        running = calendar_window(kind, zone, now_us)
+        if every_window:
+            windows = [window_of_key(key) for key in spend.windows if key.startswith(f"{kind}@{zone}@")]
+            if running.key not in spend.windows:
+                windows.append(running)  # nothing charged yet, and calls in flight count
+        else:
+            windows = [calendar_window(kind, zone, ts_us)]
+            if held != NOTHING_HELD and windows[0] != running:
+                windows.append(running)
+        closed_us = now_us - limit.budget.grace_s * SECOND_US
+        for window in windows:
+            if window.end_us > closed_us:
+                yield _crossing(limit, window, spend.in_window(window.key), held, spend, now_us)
 
 
 def _crossing(limit: Limit, window: Window, totals: Totals, held: Held, spend: Spend, now_us: int) -> _Crossing:
@@ -223,31 +283,42 @@ def _crossing(limit: Limit, window: Window, totals: Totals, held: Held, spend: S
     until_us = window.end_us
     rolling_s = limit.cap.window.rolling_s
     if rolling_s is not None and action is not None:
-        until_us = _falls_below(fraction * limit.cap.amount, spend, rolling_s, limit, now_us)
+        until_us = _falls_below(fraction * limit.cap.amount, spend, committed - spent, limit, now_us)
     return _Crossing(limit, window, spent, committed, fraction, action, until_us)
 
 
-def _falls_below(scaled_line: int, spend: Spend, rolling_s: int, limit: Limit, now_us: int) -> int:
-    """Return when a rolling sum will be below a line if nothing more is spent."""
+def _falls_below(scaled_line: int, spend: Spend, in_flight: int, limit: Limit, now_us: int) -> int:
+    """Return when a rolling sum will be below a line if nothing more is spent; calls in flight count as spent now."""
+    rolling_s = limit.cap.window.rolling_s or 0
     index = TOKENS if limit.in_tokens else NANOS
-    length = slot_us(rolling_s)
     oldest = oldest_slot(rolling_s, now_us)
-    slots = sorted((slot, totals[index]) for slot, totals in spend.rolling.get(rolling_s, {}).items())
-    left = sum(value for slot, value in slots if slot >= oldest)
-    for slot, value in slots:
-        if slot >= oldest:
-            left -= value
-            if left * BASIS_POINTS < scaled_line:
-                return (slot + ROLLING_SLOTS + 1) * length
-    return now_us + rolling_s * 1_000_000
+    slots = {slot: totals[index] for slot, totals in spend.rolling.get(rolling_s, {}).items() if slot >= oldest}
+    running = slot_of(rolling_s, now_us)
+    slots[running] = slots.get(running, 0) + in_flight
+    left = sum(slots.values())
+    last = running
+    for slot in sorted(slots):
+        left -= slots[slot]
+        if left * BASIS_POINTS < scaled_line:
+            last = slot
+            break
+    return (last + ROLLING_SLOTS + 1) * slot_us(rolling_s)
 
 
-def _prolongs(crossing: _Crossing, fired: Fired, now_us: int) -> bool:
-    """Say whether a rolling trip has run out, or lasts at least a slot longer than was said."""
-    rolling_s = crossing.limit.cap.window.rolling_s
-    if rolling_s is None:
-        return False
-    return fired.until_us <= now_us or crossing.until_us >= fired.until_us + slot_us(rolling_s)
+def _is_news(crossing: _Crossing, fuse: Fuse, now_us: int) -> bool:
+    """Say whether a crossing has not fired yet, and asks for no less than what stands."""
+    key, reach = crossing.window.key, (crossing.fraction, crossing.until_us)
+    fired = fuse.fired.get(key)
+    if fired is not None and crossing.fraction <= fired.fraction:
+        if crossing.limit.cap.window.rolling_s is None:
+            return False
+        prolongs = crossing.fraction == fired.fraction and crossing.until_us > fired.until_us
+        return prolongs or fired.until_us <= now_us
+    # An emitter's clock may be ahead, and its usage in a window that has not begun. Both windows' orders have one key,
+    # and the last one counts: a lesser one waits until the stricter has run out.
+    return crossing.until_us <= now_us or not any(
+        name != key and other[:2] > reach for name, other in _standing(fuse, now_us).items()
+    )
 
 
 def _fire(
@@ -257,7 +328,11 @@ def _fire(
     action = crossing.action
     if action is None:
         raise ValueError(f"{scope} {limit.key}: nothing was crossed, so nothing can fire")
-    _remember(fuse, window.key, Fired(crossing.fraction, crossing.until_us))
+    known = fuse.fired.get(window.key)
+    prolongs = known is not None and known.until_us > now_us and known.fraction == crossing.fraction
+    _remember(fuse, crossing, now_us)
+    if prolongs and action == "warn":
+        return  # it stands a slot longer; one warning is enough
     fuse.seq = _next_seq(fuse.seq, cause.ts_us)
     budget, cap = limit.budget, limit.cap
     degrade = None
@@ -284,56 +359,97 @@ def _fire(
         cause=_cause(cause),
         degrade=degrade,
         price_book=price_book,
-        message=_sentence(scope, crossing)[:512],
+        message=_sentence(scope, crossing, now_us)[:512],
     )
-    _deliver(command, window, budget, effects, now_us)
+    _deliver(command, window, budget, effects, now_us, quiet=prolongs)
 
 
-def _deliver(command: Command, window: Window, budget: Budget, effects: Effects, now_us: int) -> None:
+def _deliver(
+    command: Command, window: Window, budget: Budget, effects: Effects, now_us: int, *, quiet: bool = False
+) -> None:
+    """Send or record a command, and alert unless it only prolongs one that was alerted."""
     if budget.shadow:
         effects.shadow.append(command)
-        effects.alerts.append(_alert(command, now_us, shadow=True))
-        return
-    # A window that has ended is alerted, not commanded: its command would push out the one of the running window.
-    if window.end_us > now_us:
+    elif window.end_us > now_us:
+        # A window that has ended is alerted, not commanded: its command would push out the one of the running window.
         effects.commands.append(command)
-    effects.alerts.append(_alert(command, now_us, shadow=False))
+    if not quiet:
+        effects.alerts.append(_alert(command, now_us, shadow=budget.shadow))
 
 
 def _lift(
     scope: str,
-    budget: Budget | None,
+    budget_id: str,
+    version: int,
     cap_id: str,
     fuse: Fuse,
     effects: Effects,
     now_us: int,
     reason: str,
     *,
-    budget_id: str = "",
+    shadow: bool,
 ) -> None:
     fuse.seq = _next_seq(fuse.seq, now_us)
-    name = budget.id if budget else budget_id
-    version = budget.version if budget else 0
     command = Command(
-        id=_command_id(scope, name, cap_id, version, "", "resume", fuse.seq),
+        id=_command_id(scope, budget_id, cap_id, version, "", "resume", fuse.seq),
         seq=fuse.seq,
         action="resume",
         scope=scope,
-        budget=name,
+        budget=budget_id,
         cap=cap_id,
         budget_version=version,
         issued_at=from_us(now_us),
         reason=reason,
-        message=f"{scope} may go on: {reason} ({name}, cap {cap_id})."[:512],
+        message=f"{scope} may go on: {reason} ({budget_id}, cap {cap_id})."[:512],
     )
-    if budget is None or not budget.shadow:
-        effects.commands.append(command)
-    else:
-        effects.shadow.append(command)
-    effects.alerts.append(_alert(command, now_us, shadow=bool(budget and budget.shadow)))
+    (effects.shadow if shadow else effects.commands).append(command)
+    effects.alerts.append(_alert(command, now_us, shadow=shadow))
 
 
-def _remember(fuse: Fuse, key: str, fired: Fired) -> None:
+def _standing(fuse: Fuse, now_us: int) -> dict[str, Fired]:
+    """Return what was ordered and has not run out, by window key."""
+    return {key: fired for key, fired in fuse.fired.items() if fired.until_us > now_us}
+
+
+def _is_live(standing: Mapping[str, Fired]) -> bool:
+    """Say whether any of it was sent, and not only recorded."""
+    return any(not fired.order.startswith(SHADOW) for fired in standing.values())
+
+
+def _clear(fuse: Fuse, standing: Mapping[str, Fired]) -> None:
+    for key in standing:
+        del fuse.fired[key]
+
+
+def _order(limit: Limit, action: str | None) -> str:
+    """Return what a guard is told, as far as a changed budget may change it."""
+    order = f"{SHADOW if limit.budget.shadow else ''}{action}"
+    if action == "degrade" and limit.cap.degrade is not None:
+        order += " " + _command_id(sorted(limit.cap.degrade.models.items()), limit.cap.degrade.max_output_tokens)[:12]
+    return order
+
+
+def _unknown_model_order(budget: Budget, price_book: str) -> str:
+    """Return what a guard is told about an unknown model; other prices may know it."""
+    return f"{SHADOW if budget.shadow else ''}halt {price_book}"
+
+
+def _fired(crossing: _Crossing) -> Fired:
+    return Fired(crossing.fraction, crossing.until_us, _order(crossing.limit, crossing.action))
+
+
+def _remember(fuse: Fuse, crossing: _Crossing, now_us: int) -> None:
+    """Note that a crossing fired; what its command pushes out is forgotten, so that the next usage says it again."""
+    if crossing.window.end_us > now_us:
+        for key, other in _standing(fuse, now_us).items():
+            if key != crossing.window.key and other.until_us > crossing.until_us:
+                del fuse.fired[key]
+    _keep(fuse, crossing.window.key, _fired(crossing), now_us - crossing.limit.budget.grace_s * SECOND_US)
+
+
+def _keep(fuse: Fuse, key: str, fired: Fired, closed_us: int) -> None:
+    for old in [name for name, other in fuse.fired.items() if other.until_us <= closed_us]:
+        del fuse.fired[old]
     fuse.fired[key] = fired
     while len(fuse.fired) > FIRED_MAX:
         del fuse.fired[min(fuse.fired, key=lambda name: fuse.fired[name].until_us)]
@@ -365,9 +481,9 @@ def _measure(crossing: _Crossing) -> Measure:
     return Measure(
         unit=cap.unit,
         cap=cap.amount,
-        spend=crossing.spend,
-        committed=crossing.committed,
-        fraction=crossing.committed * BASIS_POINTS // cap.amount,
+        spend=min(crossing.spend, NANOS_MAX),
+        committed=min(crossing.committed, NANOS_MAX),
+        fraction=min(crossing.committed * BASIS_POINTS // cap.amount, NANOS_MAX),
     )
 
 
@@ -386,7 +502,7 @@ def _alert(command: Command, now_us: int, *, shadow: bool) -> Alert:
     )
 
 
-def _sentence(scope: str, crossing: _Crossing) -> str:
+def _sentence(scope: str, crossing: _Crossing, now_us: int) -> str:
     limit = crossing.limit
     cap, zone = limit.cap, limit.budget.timezone
     spent = amount(crossing.spend, cap.unit)
@@ -396,9 +512,11 @@ def _sentence(scope: str, crossing: _Crossing) -> str:
     line = f"{cap.window.label} cap of {amount(cap.amount, cap.unit)}"
     if crossing.action == "halt":
         text = f"{scope} reached its {line} (spent {spent})."
-        if crossing.until_us < FOREVER_US:
+        if crossing.until_us <= now_us:
+            text += f" Known only after that window had ended, {instant(crossing.until_us, zone)}: nothing is stopped."
+        elif crossing.until_us < FOREVER_US:
             text += f" Resumes {instant(crossing.until_us, zone)}."
         return text
     percent = f"{crossing.fraction // 100}" if crossing.fraction % 100 == 0 else f"{crossing.fraction / 100:.2f}"
     verb = "Use the cheaper model" if crossing.action == "degrade" else "It goes on"
-    return f"{scope} used {percent} % of its {line} (spent {spent}). {verb}."
+    return f"{scope} reached {percent} % of its {line} (spent {spent}). {verb}."

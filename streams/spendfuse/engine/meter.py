@@ -127,8 +127,11 @@ class PartitionMeter:
         now_us: int,
         outcome: Outcome,
     ) -> None:
-        if usage_digest(usage, "finished") in self.seen.origins:
-            return  # a straggler: its call has been charged
+        finished = self.seen.origins.get(usage_digest(usage, "finished"))
+        # A straggler, whose call has been charged, is ignored. On a replay the ids may know what the sums do not yet:
+        # there the charge lies behind, and the hold is taken as it was the first time.
+        if finished is not None and (finished[0] != origin.partition or finished[1] <= origin.position):
+            return
         step = self._step(usage, origin, produced_at_ms, book, now_us)
         deadline_us = to_us(usage.deadline) if usage.deadline else now_us + HOLD_US_DEFAULT
         deadline_us = min(deadline_us, now_us + HOLD_US_MAX)

@@ -199,4 +199,4 @@ def _ceilings(rows: Sequence[PriceRow]) -> dict[str, RateTuple]:
 def _never_free(rates: RateTuple, top: RateTuple) -> RateTuple:
     fresh = rates[0] or top[0]
     cached = [rate or rates[0] or highest or fresh for rate, highest in zip(rates[1:4], top[1:4], strict=True)]
-    return fresh, cached[0], cached[1], cached[2], rates[4] or top[4]
+    return fresh, cached[0], cached[1], cached[2], rates[4] or top[4] or fresh

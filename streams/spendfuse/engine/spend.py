@@ -149,8 +149,7 @@ class Spend:
 def _add(totals: Totals, nanos: int, tokens: int, calls: int) -> None:
     # Money stops at what the audit can store (9.2 thousand million units): absurd usage must not stop a partition.
     # Such an addition is still associative, so no order or split of the usage changes the sum.
-    total = totals[NANOS] + nanos
-    totals[NANOS] = total if total < NANOS_MAX else NANOS_MAX
+    totals[NANOS] = min(totals[NANOS] + nanos, NANOS_MAX)
     totals[TOKENS] += tokens
     totals[CALLS] += calls
 

@@ -80,7 +80,12 @@ def create_app(
         emitter=emitter,
     )
     services.on_ready = on_ready
-    services.is_live = lambda: not app.tables.recovery.in_recovery
+    services.is_live = lambda: not (app.rebalancing or app.tables.recovery.in_recovery)
+
+    async def judge_again(*_: Any, **__: Any) -> None:
+        services.budgets_changed.set()  # whoever had these partitions may have gone before it knew the last change
+
+    app.on_rebalance_complete.connect(judge_again)
     meter, rollup = _agents(app, settings, publisher, feed, clock, services)
     _run_beside(app, services, settings, meter, rollup)
     return app
@@ -248,6 +253,9 @@ class _Beside(Service):
     async def follow_budgets(self) -> None:
         while not self.should_stop:
             await self.services.budgets_changed.wait()
+            if not self.services.is_live():  # tables in the middle of a recovery do not say what was spent
+                await asyncio.sleep(self.flush_s)
+                continue
             self.services.budgets_changed.clear()
             await self.meter.flush()
             await self.rollup.flush()

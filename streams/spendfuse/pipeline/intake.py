@@ -19,7 +19,10 @@ from spendfuse.wire.usage import PACK_MAX, Usage, decode_usages, strip_confluent
 
 ROUND_BYTES_MAX: Final = 400_000
 """Most bytes of one packed message: its ledger batch, which adds the charges, still fits one record."""
+DEAD_MAX: Final = 1_000
+"""Most dead letters that wait for the end of a round."""
 FAULTS_MAX: Final = 5
+REASON_CHARS_MAX: Final = 1_000
 _HEAD: Final = b'{"v":1,"usages":['
 _TAIL: Final = b"]}"
 
@@ -78,15 +81,16 @@ def rounds(records: Sequence[SourceRecord], partitions: int, limits: Limits, now
     current = Round()
     for record in records:
         for nth, usage, dead in _usages(record, limits, now_us):
-            if usage is None:
-                if dead is not None:
-                    current.dead.append(dead)
-                continue
-            current.usages += 1
-            partition = partition_of(usage.agent_path, partitions)
-            pack = packing.setdefault(partition, _Packing())
-            pack.add(_packed(record, nth, usage))
-            if pack.full:
+            full = False
+            if usage is not None:
+                pack = packing.setdefault(partition_of(usage.agent_path, partitions), _Packing())
+                pack.add(_packed(record, nth, usage))
+                current.usages += 1
+                full = pack.full
+            elif dead is not None:
+                current.dead.append(dead)
+                full = len(current.dead) >= DEAD_MAX
+            if full:
                 current.packed = {number: each.value() for number, each in packing.items()}
                 yield current
                 packing, current = {}, Round()
@@ -140,7 +144,7 @@ def _salvaged(
         yield 0, None, DeadLetter(record, reason(error), None, 0)
         return
     for nth, item in enumerate(items):
-        text = json.dumps(item, ensure_ascii=False).encode("utf-8", "replace")
+        text = json.dumps(item).encode()
         try:
             usage = Usage.model_validate_json(text)
         except ValidationError as fault:
@@ -155,7 +159,7 @@ def _pack_items(value: bytes) -> list[object] | None:
         pack = json.loads(strip_confluent_prefix(value))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(pack, dict) or set(pack) - {"v", "usages"} or pack.get("v", 1) != 1:
+    if not isinstance(pack, dict) or set(pack) - {"v", "usages"} or repr(pack.get("v", 1)) != "1":
         return None
     items = pack.get("usages")
     return items if isinstance(items, list) and 1 <= len(items) <= PACK_MAX else None
@@ -170,4 +174,4 @@ def reason(error: ValidationError) -> str:
         field = ".".join(str(part) for part in fault["loc"] if part not in ("Usage", "UsagePack"))
         lines.append(f"{field}: {fault['msg']}" if field else fault["msg"])
     more = len(faults) - FAULTS_MAX
-    return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
+    return ("; ".join(lines) + (f"; and {more} more" if more > 0 else ""))[:REASON_CHARS_MAX]

@@ -25,6 +25,7 @@ from spendfuse.wire.base import from_us
 from spendfuse.wire.control import Command
 from spendfuse.wire.ledger import LedgerEntry
 from spendfuse.wire.packed import Packed
+from spendfuse.wire.rollup import Rollup
 
 UNACKED_MAX: Final = 500
 """Most packed messages whose effects are not yet durable; at this many the meter flushes before it reads on."""
@@ -38,6 +39,9 @@ class MeterTables(NamedTuple):
 
     scopes: Table
     ids: Table
+
+
+_Write = tuple[Table, int, bytes, bytes]
 
 
 @dataclass(slots=True)
@@ -84,55 +88,49 @@ class MeterStage:
         self._partitions: dict[int, _Pending] = {}
         self._unacked: list[SourceRecord] = []
         self._deliveries: list[Delivery] = []
-        self._lock = asyncio.Lock()
+        self._flushing = asyncio.Lock()
+        # Held from the change of a state until all it led to is handed over: a flush in between would make the state
+        # durable without its commands and ledger entries, and a crash would lose them.
+        self._changing = asyncio.Lock()
 
     async def on_record(self, record: SourceRecord) -> None:
         """Fold one packed message into the state; flush when too much is not yet durable."""
-        self._drop_if_reassigned()
+        async with self._changing:
+            self._drop_if_reassigned()
+            self._deliveries += await self._take_in(record)
+            self._unacked.append(record)
+        if len(self._unacked) >= UNACKED_MAX:
+            await self.flush()
+
+    async def _take_in(self, record: SourceRecord) -> list[Delivery]:
         try:
             usages = Packed.model_validate_json(record.value or b"").usages
         except ValidationError as error:
-            self._deliveries.append(await self._publisher.dead_letter(record, reason(error)))
-            self._unacked.append(record)
-            return
+            return [await self._publisher.dead_letter(record, reason(error))]
         pending = self._pending(record.partition)
         now_us = self._clock()
         outcome = pending.meter.apply(usages, self._feed.policies, self._feed.book, now_us)
         pending.dirty |= outcome.touched
         pending.as_of = record.offset
-        self._unacked.append(record)
         self._count(outcome, len(usages))
         # Commands leave before anything else is done with this message.
         deliveries = await self._publisher.effects(outcome.effects)
         entries = outcome.entries + _decisions(outcome.effects.shadow, record, now_us)
         deliveries += await self._publisher.ledger(record.partition, f"{record.partition}/{record.offset}", entries)
-        self._deliveries += deliveries
-        if len(self._unacked) >= UNACKED_MAX:
-            await self.flush()
+        return deliveries
 
     async def flush(self) -> None:
         """Make everything since the last flush durable, then acknowledge its source."""
-        async with self._lock:
-            self._drop_if_reassigned()
-            generation = self._current
-            unacked, self._unacked = self._unacked, []
-            deliveries, self._deliveries = self._deliveries, []
-            if not unacked and not deliveries:
+        async with self._flushing:
+            async with self._changing:
+                self._drop_if_reassigned()
+                generation = self._current
+                unacked, self._unacked = self._unacked, []
+                deliveries, self._deliveries = self._deliveries, []
+                # In one step: what is written is what led to `deliveries`, and nothing later.
+                rollups, writes = self._take_dirty()
+            if not (unacked or deliveries or writes):
                 return
-            now_us = self._clock()
-            writes: list[tuple[Table, int, bytes, bytes]] = []
-            rollups = []
-            # Taken in one step, before any await: what is written is what led to `deliveries`, and nothing later.
-            for partition, pending in self._partitions.items():
-                for scope in pending.dirty:
-                    rollup = pending.meter.rollup(scope, pending.as_of, now_us)
-                    if rollup is not None:
-                        rollups.append(rollup)
-                    value = encode_scope(pending.meter.state(scope))
-                    writes.append((self._tables.scopes, partition, state_key(partition, scope), value))
-                for slot, value in pending.meter.seen.take_dirty().items():
-                    writes.append((self._tables.ids, partition, state_key(partition, str(slot)), value))
-                pending.dirty.clear()
             deliveries += [await self._publisher.rollup(rollup) for rollup in rollups]
             await asyncio.gather(*deliveries)
             if generation != self._generation():
@@ -145,21 +143,46 @@ class MeterStage:
             for pending in self._partitions.values():
                 _bound(pending)
 
-    async def reconsider(self, owned: set[int]) -> None:
-        """Judge every agent of the partitions owned again, after budgets or prices changed."""
-        self._drop_if_reassigned()
+    def _take_dirty(self) -> tuple[list[Rollup], list[_Write]]:
         now_us = self._clock()
+        rollups: list[Rollup] = []
+        writes: list[_Write] = []
+        for partition, pending in self._partitions.items():
+            for scope in pending.dirty:
+                rollup = pending.meter.rollup(scope, pending.as_of, now_us)
+                if rollup is not None:
+                    rollups.append(rollup)
+                value = encode_scope(pending.meter.state(scope))
+                writes.append((self._tables.scopes, partition, state_key(partition, scope), value))
+            for slot, value in pending.meter.seen.take_dirty().items():
+                writes.append((self._tables.ids, partition, state_key(partition, str(slot)), value))
+            pending.dirty.clear()
+        return rollups, writes
+
+    async def reconsider(self, owned: set[int]) -> None:
+        """Judge every agent of the partitions owned again, after budgets or prices changed.
+
+        It ends when the partitions are assigned anew: then it is called again, for the partitions owned by then.
+        """
+        generation = self._generation()
         for nth, key in enumerate(self._tables.scopes.keys()):
             partition, scope = split_state_key(key)
             if partition in owned and scope.startswith("agent:"):
-                pending = self._pending(partition)
-                effects = pending.meter.reconsider(scope, self._feed.policies, self._feed.book, now_us)
-                if effects is not None:
-                    pending.dirty.add(scope)
-                    self._deliveries += await self._publisher.effects(effects)
-                    self.counters.commands += len(effects.commands)
+                async with self._changing:
+                    if generation != self._generation():
+                        return
+                    self._drop_if_reassigned()
+                    await self._reconsider_agent(partition, scope)
             if nth % RECONSIDER_SLICE == 0:
                 await asyncio.sleep(0)  # a command that trips meanwhile must not wait for the end of the list
+
+    async def _reconsider_agent(self, partition: int, scope: str) -> None:
+        pending = self._pending(partition)
+        effects = pending.meter.reconsider(scope, self._feed.policies, self._feed.book, self._clock())
+        if effects is not None:
+            pending.dirty.add(scope)
+            self._deliveries += await self._publisher.effects(effects)
+            self.counters.commands += len(effects.commands)
 
     def _drop_if_reassigned(self) -> None:
         generation = self._generation()

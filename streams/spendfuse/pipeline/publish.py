@@ -5,6 +5,7 @@ from typing import Final
 
 from spendfuse.client.keys import Signer
 from spendfuse.engine.decide import Effects
+from spendfuse.pipeline.intake import REASON_CHARS_MAX, Round
 from spendfuse.pipeline.records import Delivery, Headers, Outbox, SourceRecord
 from spendfuse.pipeline.routing import partition_of
 from spendfuse.wire.base import from_us
@@ -13,13 +14,13 @@ from spendfuse.wire.control import Alert, Command
 from spendfuse.wire.ledger import LedgerEntry
 from spendfuse.wire.rollup import Rollup
 from spendfuse.wire.signing import SIGNATURE_HEADER
-from spendfuse.wire.topics import ALERTS, COMMANDS, DEAD_LETTERS, LEDGER, ROLLUPS
+from spendfuse.wire.topics import ALERTS, COMMANDS, DEAD_LETTERS, LEDGER, PACKED, ROLLUPS
 
 SOURCE: Final = "//spendfuse/worker"
+INTAKE_SOURCE: Final = "//spendfuse/intake"
 LEDGER_BYTES_MAX: Final = 900_000
 """Most bytes of one ledger message, under the topic's limit with its headers."""
 DEAD_VALUE_BYTES_MAX: Final = 900_000
-REASON_CHARS_MAX: Final = 1_000
 _LEDGER_HEAD: Final = b'{"v":1,"entries":['
 _LEDGER_TAIL: Final = b"]}"
 
@@ -32,6 +33,19 @@ class Publisher:
         self._outbox = outbox
         self._signer = signer
         self._partitions = partitions
+
+    async def round(self, each: Round, emitter: str, now_us: int) -> list[Delivery]:
+        """Publish one round of the intake: its dead letters, and one packed message for each partition."""
+        now = from_us(now_us)
+        sent = [await self.dead_letter(*dead) for dead in each.dead]
+        for partition, value in each.packed.items():
+            headers = cloud_headers("usage.packed.v1", INTAKE_SOURCE, f"{emitter}/{partition}", now)
+            sent.append(
+                await self._outbox.put(
+                    PACKED.name, key=str(partition).encode(), value=value, partition=partition, headers=headers
+                )
+            )
+        return sent
 
     async def effects(self, effects: Effects) -> list[Delivery]:
         """Publish commands first, then alerts."""

@@ -1,6 +1,7 @@
 """The rollup's shell: shares of teams, workspaces and run trees in; their caps judged on the sum of all partitions."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from spendfuse.client.clock import Clock
 from spendfuse.engine.rollup import apply_rollup, reconsider_shared
 from spendfuse.engine.state import SharedState
+from spendfuse.engine.windows import ROLLING_SLOTS, slot_of, window_of_key
 from spendfuse.pipeline.codec import decode_shared, encode_shared
 from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.intake import reason
@@ -19,9 +21,14 @@ from spendfuse.wire.base import from_us
 from spendfuse.wire.ledger import LedgerEntry
 from spendfuse.wire.rollup import Rollup
 
+UNACKED_MAX: Final = 2_000
+"""Most rollups whose effects are not yet durable; at this many the stage flushes before it reads on."""
 STATES_MAX: Final = 20_000
 """Most shared scopes kept decoded; beyond it, those that are written are dropped and read back when needed."""
 RECONSIDER_SLICE: Final = 200
+LAST_US: Final = 253_370_764_800_000_000
+"""The year 9999, in microseconds since the epoch."""
+_BEYOND_64_BITS: Final = re.compile(rb"[0-9]{20}")
 
 
 class RollupStage:
@@ -47,50 +54,61 @@ class RollupStage:
         self._dirty: set[tuple[int, str]] = set()
         self._unacked: list[SourceRecord] = []
         self._deliveries: list[Delivery] = []
-        self._lock = asyncio.Lock()
+        self._flushing = asyncio.Lock()
+        # Held from the change of a state until all it led to is handed over, as in the meter.
+        self._changing = asyncio.Lock()
 
     async def on_record(self, record: SourceRecord) -> None:
         """Take in one partition's share of one scope."""
-        self._drop_if_reassigned()
-        self._unacked.append(record)
+        async with self._changing:
+            self._drop_if_reassigned()
+            self._deliveries += await self._take_in(record)
+            self._unacked.append(record)
+        if len(self._unacked) >= UNACKED_MAX:
+            await self.flush()
+
+    async def _take_in(self, record: SourceRecord) -> list[Delivery]:
         try:
             rollup = Rollup.model_validate_json(record.value or b"")
         except ValidationError as error:
-            self._deliveries.append(await self._publisher.dead_letter(record, reason(error)))
-            return
+            return [await self._publisher.dead_letter(record, reason(error))]
+        if not _is_plausible(rollup, record.value or b""):
+            return [await self._publisher.dead_letter(record, "windows or numbers that no meter writes")]
         state = self._state(record.partition, rollup.scope)
         self._dirty.add((record.partition, rollup.scope))
         now_us = self._clock()
         _, effects = apply_rollup(state, rollup, self._feed.policies, now_us=now_us, price_book=self._feed.book.version)
-        if effects is not None:
-            self._deliveries += await self._publisher.effects(effects)
-            entries = [
-                LedgerEntry(
-                    kind="decision",
-                    topic=record.topic,
-                    partition=record.partition,
-                    offset=record.offset,
-                    index=nth,
-                    at=from_us(now_us),
-                    command=command,
-                )
-                for nth, command in enumerate(effects.shadow)
-            ]
-            name = f"rollup/{record.partition}/{record.offset}"
-            self._deliveries += await self._publisher.ledger(record.partition, name, entries)
+        if effects is None:
+            return []
+        deliveries = await self._publisher.effects(effects)
+        entries = [
+            LedgerEntry(
+                kind="decision",
+                topic=record.topic,
+                partition=record.partition,
+                offset=record.offset,
+                index=nth,
+                at=from_us(now_us),
+                command=command,
+            )
+            for nth, command in enumerate(effects.shadow)
+        ]
+        name = f"rollup/{record.partition}/{record.offset}"
+        return deliveries + await self._publisher.ledger(record.partition, name, entries)
 
     async def flush(self) -> None:
         """Make what was taken in durable, then acknowledge it."""
-        async with self._lock:
-            self._drop_if_reassigned()
-            generation = self._current
-            unacked, self._unacked = self._unacked, []
-            deliveries, self._deliveries = self._deliveries, []
-            dirty, self._dirty = self._dirty, set()
-            if not (unacked or deliveries or dirty):
+        async with self._flushing:
+            async with self._changing:
+                self._drop_if_reassigned()
+                generation = self._current
+                unacked, self._unacked = self._unacked, []
+                deliveries, self._deliveries = self._deliveries, []
+                dirty, self._dirty = self._dirty, set()
+                # In one step: what is written is what led to `deliveries`, and nothing later.
+                writes = [(key, encode_shared(self._states[key])) for key in dirty]
+            if not (unacked or deliveries or writes):
                 return
-            # Encoded in one step, before any await: what is written is what led to `deliveries`, and nothing later.
-            writes = [(key, encode_shared(self._states[key])) for key in dirty]
             await asyncio.gather(*deliveries)
             if generation != self._generation():
                 return
@@ -102,24 +120,33 @@ class RollupStage:
                 self._states = {key: self._states[key] for key in self._dirty}
 
     async def reconsider(self, owned: set[int]) -> None:
-        """Judge every shared scope of the partitions owned again, after budgets changed."""
-        self._drop_if_reassigned()
-        now_us = self._clock()
+        """Judge every shared scope of the partitions owned again, after budgets changed.
+
+        It ends when the partitions are assigned anew: then it is called again, for the partitions owned by then.
+        """
+        generation = self._generation()
         for nth, key in enumerate(self._table.keys()):
             partition, scope = split_state_key(key)
             if partition in owned:
-                effects = reconsider_shared(
-                    scope,
-                    self._state(partition, scope),
-                    self._feed.policies,
-                    now_us=now_us,
-                    price_book=self._feed.book.version,
-                )
-                if effects is not None:
-                    self._dirty.add((partition, scope))
-                    self._deliveries += await self._publisher.effects(effects)
+                async with self._changing:
+                    if generation != self._generation():
+                        return
+                    self._drop_if_reassigned()
+                    await self._reconsider_scope(partition, scope)
             if nth % RECONSIDER_SLICE == 0:
                 await asyncio.sleep(0)  # a trip meanwhile must not wait for the end of the list
+
+    async def _reconsider_scope(self, partition: int, scope: str) -> None:
+        effects = reconsider_shared(
+            scope,
+            self._state(partition, scope),
+            self._feed.policies,
+            now_us=self._clock(),
+            price_book=self._feed.book.version,
+        )
+        if effects is not None:
+            self._dirty.add((partition, scope))
+            self._deliveries += await self._publisher.effects(effects)
 
     def _state(self, partition: int, scope: str) -> SharedState:
         key = (partition, scope)
@@ -134,3 +161,19 @@ class RollupStage:
         if generation != self._current:
             self._states, self._dirty, self._unacked, self._deliveries = {}, set(), [], []
             self._current = generation
+
+
+def _is_plausible(rollup: Rollup, value: bytes) -> bool:
+    """Say whether a meter can have written it: else it would stop the partition, now or when it is next judged."""
+    if _BEYOND_64_BITS.search(value):
+        return False
+    try:
+        if any(window_of_key(key).key != key for key in rollup.windows):
+            return False
+    except (ArithmeticError, LookupError, ValueError):  # no such zone, or no such year
+        return False
+    return all(
+        rolling_s >= ROLLING_SLOTS and 0 <= slot <= slot_of(rolling_s, LAST_US)
+        for rolling_s, slots in rollup.rolling.items()
+        for slot in slots
+    )

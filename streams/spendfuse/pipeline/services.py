@@ -20,17 +20,17 @@ from spendfuse import __version__
 from spendfuse.client.clock import Clock
 from spendfuse.client.connection import consumer_options, producer_options
 from spendfuse.client.follow import Follower, Record
+from spendfuse.pipeline import recorder
 from spendfuse.pipeline.feed import PolicyFeed
-from spendfuse.pipeline.intake import Limits, Round, rounds
+from spendfuse.pipeline.intake import Limits, rounds
 from spendfuse.pipeline.publish import Publisher
-from spendfuse.pipeline.recorder import RECORDED, ledger_entry
+from spendfuse.pipeline.recorder import RECORDED
 from spendfuse.pipeline.records import Delivery, Headers, SourceRecord
-from spendfuse.pipeline.routing import partition_of
 from spendfuse.settings import BrokerSettings, WorkerSettings
 from spendfuse.wire.base import from_us
 from spendfuse.wire.cloudevents import headers as cloud_headers
 from spendfuse.wire.control import Heartbeat
-from spendfuse.wire.topics import BUDGETS, HEARTBEATS, PACKED, PRICES, USAGE
+from spendfuse.wire.topics import BUDGETS, HEARTBEATS, PRICES, USAGE
 
 INTAKE_RECORDS_MAX: Final = 2_000
 RECORDER_RECORDS_MAX: Final = 500
@@ -153,7 +153,15 @@ class GroupReader:
 
 def source_record(record: ConsumerRecord) -> SourceRecord:
     """Return a Kafka record as the stages see it."""
-    return SourceRecord(record.topic, record.partition, record.offset, record.timestamp or -1, record.key, record.value)
+    return SourceRecord(
+        record.topic,
+        record.partition,
+        record.offset,
+        record.timestamp or -1,
+        record.key,
+        record.value,
+        headers=tuple(record.headers),
+    )
 
 
 class Services:
@@ -227,44 +235,23 @@ class Services:
 
     async def _take_in(self, records: list[ConsumerRecord]) -> None:
         sources = [source_record(record) for record in records]
-        for each in rounds(sources, self._settings.partitions, self._limits, self._clock()):
-            await self._send_round(each)
-
-    async def _send_round(self, each: Round) -> None:
-        now = from_us(self._clock())
-        sent = [await self._publisher.dead_letter(*dead) for dead in each.dead]
-        for partition, value in each.packed.items():
-            headers = cloud_headers("usage.packed.v1", "//spendfuse/intake", f"{self._emitter}/{partition}", now)
-            sent.append(
-                await self._outbox.put(
-                    PACKED.name, key=str(partition).encode(), value=value, partition=partition, headers=headers
-                )
-            )
-        await asyncio.gather(*sent)  # all acknowledged before the next round is sent; a failure ends the process
-        self.counters.usages += each.usages
-        self.counters.rejected += len(each.dead)
+        now_us = self._clock()
+        for each in rounds(sources, self._settings.partitions, self._limits, now_us):
+            sent = await self._publisher.round(each, self._emitter, now_us)
+            await asyncio.gather(*sent)  # all acknowledged before the next round is sent; a failure ends the process
+            self.counters.usages += each.usages
+            self.counters.rejected += len(each.dead)
 
     async def recorder(self) -> None:
         """Copy control records into the ledger for ever."""
         await self._recorder.run(self._record)
 
     async def _record(self, records: list[ConsumerRecord]) -> None:
-        deliveries: list[Delivery] = []
-        entries = []
-        for record in records:
-            source = source_record(record)
-            entry, fault = ledger_entry(source, self._clock())
-            if entry is not None:
-                entries.append(entry)
-            else:
-                deliveries.append(await self._publisher.dead_letter(source, fault or "unreadable"))
-                log.warning("refused", topic=source.topic, offset=source.offset, reason=fault)
-        if entries:
-            topic = records[0].topic
-            partition = partition_of(topic, self._settings.partitions)
-            name = f"{topic}/{records[0].partition}/{records[0].offset}"
-            deliveries += await self._publisher.ledger(partition, name, entries)
+        sources = [source_record(record) for record in records]
+        deliveries, refused = await recorder.record(sources, self._publisher, self._settings.partitions, self._clock())
         await asyncio.gather(*deliveries)
+        for source, fault in refused:
+            log.warning("refused", topic=source.topic, offset=source.offset, reason=fault)
 
     async def heartbeats(self) -> None:
         """Give a sign of life for ever."""

@@ -1,0 +1,5 @@
+"""`python -m spendfuse` is `spendfuse`."""
+
+from spendfuse.cli import main
+
+main()

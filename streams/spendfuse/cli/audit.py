@@ -1,0 +1,93 @@
+"""`spendfuse audit`: the trail in ClickHouse."""
+# A command imports what it needs when it runs, so that --help answers at once.
+# ruff: noqa: PLC0415
+
+import os
+from typing import Annotated
+
+import typer
+
+from spendfuse.cli.options import STATE_DIR, Json, Servers, StateDir, command, examples
+
+audit = typer.Typer(
+    help="The trail in ClickHouse.",
+    no_args_is_help=True,
+    epilog=examples("spendfuse audit migrate", "spendfuse audit run"),
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    command(
+        audit,
+        migrate,
+        "SPENDFUSE_CLICKHOUSE_URL=https://audit@ch.example:8443/spendfuse spendfuse audit migrate",
+        "spendfuse audit migrate --check",
+    )
+    command(
+        audit,
+        run,
+        "spendfuse audit run",
+        "SPENDFUSE_CLICKHOUSE_URL=http://audit@127.0.0.1:8123/spendfuse spendfuse audit run",
+    )
+    app.add_typer(audit, name="audit")
+
+
+def migrate(
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what is still to be run; exit 1 if anything is.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring the database of SPENDFUSE_CLICKHOUSE_URL (or the embedded one) up to date. Run again, it does nothing."""
+    from pathlib import Path
+
+    from spendfuse.audit.database import Engine, open_embedded, open_server
+    from spendfuse.audit.migrate import apply, load_migrations, plan
+    from spendfuse.cli import console
+    from spendfuse.settings import AuditSettings
+
+    settings = AuditSettings.from_env()
+    if settings.clickhouse_url:
+        database = open_server(settings)
+    else:
+        database = open_embedded(Engine(Path(settings.chdb_dir), settings.database))
+    try:
+        migrations = load_migrations()
+        changed = plan(database, migrations) if check else apply(database, migrations)
+    finally:
+        database.close()
+    pending = {migration.version for migration in changed}
+    word = "to be run" if check else "applied"
+    states = [(f"{migration.version:04d}", migration.name, migration.version in pending) for migration in migrations]
+    if as_json:
+        console.data(
+            [
+                {"version": version, "name": name, "state": word if new else "up to date"}
+                for version, name, new in states
+            ]
+        )
+    else:
+        console.table(
+            ["migration", "name", "state"],
+            [
+                [version, name, (word, "yellow" if check else "green") if new else ("up to date", "dim")]
+                for version, name, new in states
+            ],
+        )
+    raise typer.Exit(1 if check and pending else 0)
+
+
+def run(bootstrap_servers: Servers = None, state_dir: StateDir = STATE_DIR) -> None:
+    """Write the ledger into ClickHouse until told to stop (Ctrl-C, SIGTERM).
+
+    Without SPENDFUSE_CLICKHOUSE_URL it keeps an embedded ClickHouse, and serves it to readers on loopback.
+    """
+    from spendfuse.audit.__main__ import main
+    from spendfuse.cli import target
+    from spendfuse.settings import AuditSettings
+
+    where = target.find(bootstrap_servers, state_dir)
+    AuditSettings.from_env(where.env)  # its faults as a sentence, before anything starts
+    os.environ.update(where.env)
+    raise typer.Exit(main())

@@ -1,0 +1,251 @@
+"""The embedded ClickHouse over HTTP: the ordinary client works, and nobody writes, reads files or stays too long."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_asyncio
+from pydantic import SecretStr
+
+from audit_samples import charge, message, totals
+
+pytest.importorskip("chdb", reason="the embedded ClickHouse needs the chdb package")
+clickhouse = pytest.importorskip("clickhouse_connect.driver.exceptions")
+aiohttp = pytest.importorskip("aiohttp")
+
+from spendfuse.audit import endpoint as endpoint_module  # noqa: E402
+from spendfuse.audit import migrate, queries, readonly, trail  # noqa: E402
+from spendfuse.audit.batches import Collector, Message  # noqa: E402
+from spendfuse.audit.database import Engine, open_embedded  # noqa: E402
+from spendfuse.audit.endpoint import Endpoint  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from spendfuse.audit.address import Address
+
+TOKEN = "a-token-for-one-test"
+ENTRIES = [charge(nth) for nth in range(300)]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    opened = Engine(tmp_path_factory.mktemp("endpoint") / "clickhouse", "trail")
+    database = open_embedded(opened)
+    try:
+        migrate.apply(database)
+        collector = Collector("spendfuse.ledger.v1", 0, 1, 1, {}, 5_000)
+        assert collector.add(Message(0, 0, message(ENTRIES)))
+        trail.store(database, collector.seal())
+        yield opened
+    finally:
+        database.close()
+
+
+@pytest_asyncio.fixture
+async def address(engine: Engine) -> AsyncIterator[Address]:
+    endpoint = Endpoint(engine, TOKEN, 0)
+    try:
+        yield await endpoint.start()
+    finally:
+        await endpoint.stop()
+
+
+async def post(address: Address, statement: str, **given: Any) -> tuple[int, str, str]:
+    """Status, exception code and text of a raw request."""
+    headers = {"X-ClickHouse-User": "reader", "X-ClickHouse-Key": TOKEN, **given.pop("headers", {})}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(address.url, data=statement.encode(), headers=headers, **given) as answer,
+    ):
+        return answer.status, answer.headers.get("X-ClickHouse-Exception-Code", ""), await answer.text()
+
+
+async def test_the_ordinary_client_runs_a_shipped_query_with_exact_sums(address: Address) -> None:
+    def ask() -> list[dict[str, Any]]:
+        with queries.connect_to(address) as client:
+            result = client.query(queries.load("totals"), parameters={"workspace": "acme"})
+            return list(result.named_results())
+
+    rows = await asyncio.to_thread(ask)
+    assert {(row["team"], row["agent"]): row["cost_nanos"] for row in rows} == {
+        key: values[-1] for key, values in totals(ENTRIES).items()
+    }
+
+
+async def test_the_ordinary_client_binds_streams_describes_and_reads_hostile_strings(address: Address) -> None:
+    hostile = "it's \\ \"quoted\"\n\t; DROP TABLE usage_events -- file('/etc/passwd')"
+
+    def ask() -> None:
+        with queries.connect_to(address) as client:
+            assert client.query("SELECT {text:String}, {numbers:Array(Int64)}", {"text": hostile, "numbers": [1, -2]})\
+                .result_rows == [(hostile, [1, -2])]  # fmt: skip
+            assert client.query("SELECT %(text)s", {"text": hostile}).result_rows == [(hostile,)]
+            with client.query_rows_stream("SELECT number FROM numbers(100000)") as stream:
+                assert sum(row[0] for row in stream) == 4_999_950_000
+            assert client.command("SELECT count() FROM usage_events") == 300
+            assert client.query("SELECT tags FROM usage_events LIMIT 1").result_rows[0][0]["note"].startswith("o'brien")
+            assert client.query("SELECT 1 LIMIT 0").column_names == ("1",)
+            assert json.loads(client.raw_query("SELECT 1 AS one", fmt="JSONEachRow")) == {"one": 1}
+            large = "x" * 200_000
+            assert client.query("SELECT length({text:String})", {"text": large}).result_rows == [(200_000,)]
+            with pytest.raises(clickhouse.DatabaseError, match="UNKNOWN_TABLE") as raised:
+                client.query("SELECT * FROM nothing")
+            assert raised.value.code == 60
+
+    await asyncio.to_thread(ask)
+
+
+@pytest.mark.parametrize(
+    ("user", "key"),
+    [
+        ("reader", ""),
+        ("reader", "wrong"),
+        ("", TOKEN),
+        ("default", TOKEN),
+        ("reader", TOKEN + "x"),
+        ("reader", "\u00e9"),
+    ],
+)
+async def test_without_the_right_user_and_token_nothing_is_answered(address: Address, user: str, key: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        for given in (
+            {"headers": {"X-ClickHouse-User": user, "X-ClickHouse-Key": key}},
+            {"headers": {"Authorization": f"Basic {base64.b64encode(f'{user}:{key}'.encode()).decode()}"}},
+            {"headers": {"Authorization": f"Basic {key}"}},
+            {"params": {"user": user, "password": key}},
+        ):
+            async with session.post(address.url, data=b"SELECT 1", **given) as answer:
+                assert (answer.status, answer.headers["X-ClickHouse-Exception-Code"]) == (403, "516")
+                text = await answer.text()
+                assert TOKEN not in text
+        async with session.get(f"{address.url}/ping") as answer:
+            assert await answer.text() == "Ok.\n"
+
+    def connect() -> None:
+        queries.connect_to(address.model_copy(update={"token": SecretStr(key), "user": user or "x"}))
+
+    with pytest.raises(queries.AuditNotRunningError, match="Restart it"):
+        await asyncio.to_thread(connect)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO usage_events (usage_id) VALUES ('x')",
+        "INSERT INTO FUNCTION file('/tmp/x', 'CSV', 'a Int8') SELECT 1",
+        "DROP TABLE usage_events",
+        "TRUNCATE TABLE usage_events",
+        "ALTER TABLE usage_events DELETE WHERE 1",
+        "CREATE TEMPORARY TABLE t (a Int8)",
+        "SYSTEM STOP MERGES",
+        "KILL QUERY WHERE 1",
+        "SELECT 1 PARALLEL WITH SYSTEM STOP MERGES",
+        "SET readonly = 0",
+        "SELECT 1 SETTINGS readonly = 0",
+        "SELECT * FROM (SELECT 1 SETTINGS max_execution_time = 0)",
+        "BACKUP DATABASE trail TO File('/tmp/b')",
+        "GRANT ALL ON *.* TO default",
+        "SELECT file('/etc/hostname')",
+        "SELECT \"\\x66ile\"('/etc/hostname')",
+        "SELECT 1 AS `a'`, file('/etc/hostname') AS `b'`",
+        "SELECT arrayMap(file, ['/etc/hostname'])",
+        "SELECT * APPLY file FROM (SELECT '/etc/hostname')",
+        "SELECT $q$it's$q$, file('/etc/hostname') -- '",
+        "SELECT * FROM file('/etc/hostname', 'LineAsString')",
+        "DESCRIBE TABLE file('/etc/hostname', 'CSV')",
+        "SELECT * FROM url('http://127.0.0.1:9/', 'CSV', 'a String')",
+        "DESCRIBE TABLE s3('http://127.0.0.1:9/bucket/key.csv')",
+        "SELECT * FROM remote('127.0.0.1:9', system.one)",
+        "SELECT * FROM python(x)",
+        "SELECT * FROM eval('SELECT 1')",
+        "SELECT 1; SELECT 2",
+        "SELECT FROM WHERE",
+    ],
+)
+async def test_what_is_not_a_read_of_tables_is_refused(address: Address, statement: str) -> None:
+    status, code, text = await post(address, statement)
+    assert (status, code) in ((400, "62"), (403, "164"), (403, "497")), text
+    assert os.uname().nodename not in text
+
+
+async def test_a_result_is_not_written_to_a_file(address: Address, tmp_path: Path) -> None:
+    status, code, _ = await post(address, f"SELECT 1 INTO OUTFILE '{tmp_path}/out'")
+    assert (status, code, (tmp_path / "out").exists()) == (403, "164", False)
+
+
+async def test_a_parameter_that_names_something_may_only_name_a_table_or_column(address: Address) -> None:
+    statement = "SELECT count() FROM {t:Identifier}"
+    assert await post(address, statement, params={"param_t": "usage_events"}) == (200, "", "300\n")
+    for name in ("file", "\\x66ile", "`file`", ""):
+        params = {"param_f": name}
+        status, code, _ = await post(address, "SELECT arrayMap({f:Identifier}, ['/etc/hostname'])", params=params)
+        assert (status, code) == (403, "164")
+
+
+async def test_a_client_s_settings_are_taken_from_a_list_and_never_lift_a_limit(address: Address) -> None:
+    params = {
+        "join_use_nulls": "1", "max_execution_time": "0", "readonly": "0", "max_result_bytes": "0", "no such": "'; --",
+        "session_timezone": "x' , readonly = '0",
+    }  # fmt: skip
+    status, code, text = await post(address, "SELECT 1", params=params)
+    assert (status, code) == (400, "36"), text  # the whole of it is the value, and no time zone
+    del params["session_timezone"]
+    statement = (
+        "SELECT getSetting('join_use_nulls'), getSetting('readonly'), getSetting('max_execution_time'), "
+        "getSetting('max_result_bytes') > 0 FORMAT CSV"
+    )
+    assert await post(address, statement, params=params) == (200, "", f"true,1,{readonly.QUERY_S_MAX},1\n")
+
+
+async def test_one_query_s_database_and_settings_are_not_the_next_one_s(address: Address) -> None:
+    await post(address, "SELECT 1", params={"database": "system", "join_use_nulls": "1"})
+    assert await post(address, "SELECT currentDatabase(), getSetting('join_use_nulls')") == (200, "", "trail\tfalse\n")
+
+
+@pytest.mark.parametrize("database", ["no`where", "x; DROP", "a" * 100])
+async def test_a_database_name_is_only_ever_a_name(address: Address, database: str) -> None:
+    status, code, _ = await post(address, "SELECT 1", params={"database": database})
+    assert (status, code) == (404, "81")
+
+
+async def test_bodies_answers_and_times_are_bounded(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, _, _ = await post(address, "SELECT " + "1," * 600_000 + "1")
+    assert status == 413
+    monkeypatch.setattr(readonly, "LIMITS", {"max_execution_time": 1, "max_result_bytes": 10_000})
+    assert (await post(address, "SELECT count() FROM numbers(1000000000000)"))[:2] == (504, "159")
+    assert (await post(address, "SELECT number FROM numbers(1000000)"))[1] == "396"
+
+
+async def test_more_queries_than_may_wait_are_turned_away_and_the_others_answered(
+    address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_module, "WAITING_MAX", 2)
+    answers = await asyncio.gather(*(post(address, "SELECT sleep(0.3)") for _ in range(12)))
+    statuses = [status for status, _, _ in answers]
+    assert statuses.count(200) >= endpoint_module.QUERIES_MAX
+    assert {code for status, code, _ in answers if status == 503} == {"202"}
+    assert (await post(address, "SELECT 1"))[0] == 200
+
+
+@pytest.mark.parametrize("body", [b"\xff\xfe", b"", b"\x00", "SELECT '\u20ac'".encode()])
+async def test_any_bytes_get_an_answer(address: Address, body: bytes) -> None:
+    async with aiohttp.ClientSession() as session:
+        headers = {"X-ClickHouse-User": "reader", "X-ClickHouse-Key": TOKEN}
+        async with session.post(address.url, data=body, headers=headers) as answer:
+            assert answer.status in (200, 400)
+
+
+async def test_it_listens_on_loopback_only(address: Address) -> None:
+    assert address.url.startswith("http://127.0.0.1:")
+    port = int(address.url.rpartition(":")[2])
+    import psutil
+
+    listening = [each.laddr for each in psutil.Process().net_connections() if each.status == "LISTEN"]
+    assert [each.ip for each in listening if each.port == port] == ["127.0.0.1"]

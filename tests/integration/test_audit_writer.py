@@ -1,0 +1,354 @@
+"""The audit process against a broker: every ledger entry in ClickHouse once, whatever is killed, broken or away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from audit_samples import COUNTERS, charge, command_entry, halt, message, totals
+
+pytest.importorskip("chdb", reason="the embedded ClickHouse needs the chdb package")
+pytest.importorskip("clickhouse_connect")
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from spendfuse.audit import migrate, queries, trail
+from spendfuse.audit.address import AuditNotRunningError, read_address
+from spendfuse.audit.database import Database, Engine, open_embedded
+from spendfuse.audit.trail import TrailError
+from spendfuse.audit.writer import LedgerWriter
+from spendfuse.client.connection import admin_options, producer_options
+from spendfuse.embedded.processes import ChildProcess
+from spendfuse.embedded.tansu import EmbeddedBroker
+from spendfuse.settings import AuditSettings, BrokerSettings
+from spendfuse.wire.topics import BATCHES, LEDGER
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+    from pathlib import Path
+
+    from kraft import KraftBroker
+    from spendfuse.audit.rows import Table
+    from spendfuse.wire.ledger import LedgerEntry
+
+pytestmark = pytest.mark.broker
+
+DEADLINE_S = 60.0
+KILLS = 3
+
+
+def settings_of(broker: EmbeddedBroker) -> BrokerSettings:
+    able = broker.capabilities
+    return BrokerSettings(
+        bootstrap_servers=broker.bootstrap_servers,
+        fetch_max_wait_ms=able.fetch_max_wait_ms,
+        producer_max_batch_size=able.producer_max_batch_size,
+        session_timeout_ms=able.session_timeout_ms,
+        rebalance_timeout_ms=able.rebalance_timeout_ms,
+        heartbeat_interval_ms=able.heartbeat_interval_ms,
+    )
+
+
+async def create(broker: BrokerSettings, ledger: str, batches: str) -> None:
+    admin = AIOKafkaAdminClient(**admin_options(broker, "test"))
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(ledger, 2, 1), NewTopic(batches, 1, 1)])
+    finally:
+        await admin.close()
+
+
+async def send(broker: BrokerSettings, ledger: str, values: Sequence[tuple[int, bytes]]) -> None:
+    async with AIOKafkaProducer(**producer_options(broker, "test")) as producer:
+        for partition, value in values:
+            await producer.send_and_wait(ledger, value, partition=partition)
+
+
+def replayed(entries: int, seed: int) -> tuple[list[LedgerEntry], list[tuple[int, bytes]]]:
+    """What a meter that is killed now and then writes to two partitions: its entries in order, some of them again."""
+    dice = random.Random(seed)  # noqa: S311 - the same dice in every run
+    everything = [charge(nth) for nth in range(entries)]
+    values: list[tuple[int, bytes]] = []
+    for partition in (0, 1):
+        mine = [entry for entry in everything if entry.offset % 2 == partition]
+        at = 0
+        while at < len(mine):
+            length = dice.randint(1, 40)
+            values.append((partition, message(mine[at : at + length])))
+            at += length
+            if dice.random() < 0.2:
+                at = max(at - dice.randint(0, 60), 0)
+    return everything, values
+
+
+def base_and_rollups(database: Database) -> list[dict[tuple[str, str], tuple[int, ...]]]:
+    found = []
+    columns = ", ".join(f"sum({name}_tokens)" for name in COUNTERS)
+    for table, calls in (("usage_events", "count()"), ("spend_1m", "sum(calls)"), ("spend_1d", "sum(calls)")):
+        rows = database.query(
+            f"SELECT team, agent, {calls}, {columns}, sum(cost_nanos) "  # noqa: S608 - names of this test's own
+            f"FROM {{db:Identifier}}.{table} GROUP BY team, agent"
+        )
+        found.append({(row[0], row[1]): tuple(int(value) for value in row[2:]) for row in rows})
+    return found
+
+
+async def until(condition: Any, what: str) -> None:
+    give_up_at = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < give_up_at, f"not {what} after {DEADLINE_S:g} s"
+        await asyncio.sleep(0.05)
+
+
+def rows(database: Database, table: str = "usage_events") -> int:
+    return int(database.query(f"SELECT count() FROM {{db:Identifier}}.{table}")[0][0])  # noqa: S608
+
+
+class Flaky(Database):
+    """A database that fails its next inserts: before, or after, they were carried out."""
+
+    failures = 0
+    after = False
+    table = ""
+
+    def insert(self, table: Table, token: str) -> None:
+        fail = self.failures > 0 and table.name == (self.table or table.name)
+        if fail and not self.after:
+            self.failures -= 1
+            raise ConnectionError("ClickHouse is away")
+        super().insert(table, token)
+        if fail:
+            self.failures -= 1
+            raise TimeoutError("the answer was lost")
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Flaky]:
+    opened = open_embedded(Engine(tmp_path / "clickhouse", "trail"))
+    opened.__class__ = Flaky
+    try:
+        migrate.apply(opened)
+        yield opened  # type: ignore[misc]
+    finally:
+        opened.close()
+
+
+class Topics:
+    """The topics and the group of one test on the shared broker."""
+
+    def __init__(self, broker: BrokerSettings, name: str) -> None:
+        self.broker = broker
+        self.ledger, self.batches, self.group = f"{name}.ledger", f"{name}.batches", f"{name}.group"
+
+    def writer(self, database: Database, **given: Any) -> LedgerWriter:
+        names = {"ledger": self.ledger, "batches": self.batches, "group": self.group}
+        return LedgerWriter(self.broker, database, **{"rows_max": 50, "wait_ms": 50, **names, **given})
+
+    async def send(self, values: Sequence[tuple[int, bytes]]) -> None:
+        await send(self.broker, self.ledger, values)
+
+
+@pytest.fixture
+async def topics(tansu: EmbeddedBroker, request: pytest.FixtureRequest) -> Topics:
+    found = Topics(settings_of(tansu), f"audit-{abs(hash(request.node.name))}")
+    await create(found.broker, found.ledger, found.batches)
+    return found
+
+
+@contextlib.asynccontextmanager
+async def running(writer: LedgerWriter) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(writer.run())
+    try:
+        yield task
+    finally:
+        writer.stop()
+        await asyncio.wait({task}, timeout=DEADLINE_S)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    if not task.cancelled():
+        task.result()
+
+
+async def test_a_ledger_with_replays_is_written_once_and_exactly(topics: Topics, database: Flaky) -> None:
+    everything, values = replayed(400, seed=1)
+    await topics.send(values)
+    async with running(topics.writer(database)):
+        await until(lambda: rows(database) >= 400, "written")
+    assert base_and_rollups(database) == [totals(everything)] * 3
+    ranges = database.query(
+        "SELECT ledger_partition, groupArray((seq, first_offset, last_offset)) FROM "
+        "(SELECT * FROM {db:Identifier}.audit_batches ORDER BY seq) GROUP BY ledger_partition"
+    )
+    assert len(ranges) == 2
+    for _, found in ranges:
+        assert [seq for seq, _, _ in found] == list(range(1, len(found) + 1))
+        assert all(found[nth][2] + 1 == found[nth + 1][1] for nth in range(len(found) - 1))
+
+
+async def test_messages_nobody_can_read_are_kept_and_stop_nothing(topics: Topics, database: Flaky) -> None:
+    poison = [b"", b"\xff\x00", b"{}", b'{"entries": []}', b"[" * 5_000, message([charge(1)])[:-9]]
+    await topics.send([(0, value) for value in poison])
+    await topics.send([(0, message([charge(2)]))])
+    async with running(topics.writer(database)):
+        await until(lambda: rows(database) == 1, "past the poison")
+    kept = database.query("SELECT kind, src_topic, src_offset FROM {db:Identifier}.ledger_events ORDER BY src_offset")
+    assert kept == [("unreadable", topics.ledger, offset) for offset in range(len(poison))]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["lost on the way", "its answer lost"])
+@pytest.mark.parametrize("table", ["usage_events", "commands", "audit_batches"])
+async def test_inserts_that_fail_are_repeated_until_they_are_in_and_once(
+    topics: Topics, database: Flaky, table: str, after: bool
+) -> None:
+    database.failures, database.after, database.table = 3, after, table
+    entries = [charge(nth) for nth in range(40)]
+    await topics.send([(0, message([*entries, command_entry(halt(1), 0)]))])
+    async with running(topics.writer(database)):
+        await until(lambda: not database.failures and rows(database, "audit_batches") == 1, "written")
+    assert base_and_rollups(database) == [totals(entries)] * 3
+    assert rows(database, "commands") == 1
+
+
+@pytest.mark.parametrize("table", ["usage_events", "commands", "audit_batches"])
+async def test_a_writer_that_died_between_two_inserts_is_completed_by_the_next(
+    topics: Topics, database: Flaky, table: str
+) -> None:
+    database.failures, database.table = 10_000, table  # it never gets any further
+    entries = [charge(nth) for nth in range(60)]
+    await topics.send([(0, message([*entries[:30], command_entry(halt(1), 0)]))])
+    async with running(topics.writer(database)):
+        await until(lambda: database.failures < 10_000, "stuck between two inserts")
+    assert rows(database, "audit_batches") == 0
+    database.failures = 0
+    await topics.send([(0, message(entries[20:]))])
+    async with running(topics.writer(database)):
+        await until(lambda: rows(database) == 60, "completed")
+    assert base_and_rollups(database) == [totals(entries)] * 3
+    assert rows(database, "commands") == 1
+    assert trail.last_seq(database, 0) == rows(database, "audit_batches")
+
+
+async def test_a_second_writer_takes_over_half_and_all_of_it_without_a_gap_or_a_repeat(
+    topics: Topics, database: Flaky
+) -> None:
+    await take_turns(topics, database)
+
+
+@pytest.mark.kafka
+async def test_writers_take_turns_on_a_real_kafka_as_well(kraft: KraftBroker, database: Flaky) -> None:
+    topics = Topics(BrokerSettings(bootstrap_servers=kraft.bootstrap_servers), "audit-turns")
+    await create(topics.broker, topics.ledger, topics.batches)
+    await take_turns(topics, database)
+
+
+async def take_turns(topics: Topics, database: Flaky) -> None:
+    """One writer, two of them, and one again, while the ledger grows."""
+    everything, values = replayed(600, seed=2)
+    third = len(values) // 3
+    first, second = topics.writer(database), topics.writer(database)
+    async with running(first):
+        await topics.send(values[:third])
+        await until(lambda: rows(database) > 0, "written by the first")
+        async with running(second):
+            await until(lambda: len(first._lanes) == len(second._lanes) == 1, "shared")
+            await topics.send(values[third : 2 * third])
+            await topics.send(values[2 * third :])
+            await until(lambda: rows(database) >= 400, "written by both")
+        await until(lambda: rows(database) >= 600, "written")
+    assert base_and_rollups(database) == [totals(everything)] * 3
+
+
+async def test_a_new_database_is_filled_from_the_whole_ledger(topics: Topics, tmp_path: Path) -> None:
+    everything, values = replayed(200, seed=3)
+    for name in ("first", "second"):
+        database = open_embedded(Engine(tmp_path / name, "trail"))
+        try:
+            migrate.apply(database)
+            await topics.send(values if name == "first" else [])
+            async with running(topics.writer(database)):
+                await until(lambda opened=database: rows(opened) >= 200, "written")
+            assert base_and_rollups(database) == [totals(everything)] * 3
+        finally:
+            database.close()
+
+
+async def test_a_ledger_that_was_created_anew_under_its_headers_is_refused(topics: Topics, database: Flaky) -> None:
+    await topics.send([(0, message([charge(nth)])) for nth in range(5)])
+    async with running(topics.writer(database)):
+        await until(lambda: rows(database) == 5, "written")
+    anew = f"{topics.ledger}-anew"
+    await create(topics.broker, anew, f"{anew}-batches")
+    await send(topics.broker, anew, [(0, message([charge(nth)])) for nth in range(100, 120)])
+    with pytest.raises(TrailError, match="created anew"):
+        await asyncio.wait_for(topics.writer(database, ledger=anew, group=f"{anew}-group").run(), DEADLINE_S)
+    assert rows(database) == 5
+
+
+def audit_process(directory: Path, broker: BrokerSettings, name: str) -> ChildProcess:
+    """`python -m spendfuse.audit`, as an operator starts it."""
+    given = {key: str(value) for key, value in broker.model_dump().items() if key != "sasl_password" and value != ""}
+    audit = {"chdb_dir": directory / "clickhouse", "http_port": 0, "batch_rows_max": 60, "batch_wait_ms": 20}
+    env = {f"SPENDFUSE_{key.upper()}": str(value) for key, value in {**given, **audit}.items()}
+    return ChildProcess(
+        name,
+        [sys.executable, "-m", "spendfuse.audit"],
+        log_path=directory / f"{name}.log",
+        env={
+            **env,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "SPENDFUSE_READY_FILE": str(directory / "ready"),
+            "PATH": os.defpath,
+        },
+    )
+
+
+def count(directory: Path) -> int:
+    """The charges a reader sees over HTTP; -1 while no audit process answers."""
+    try:
+        with queries.connect(AuditSettings(chdb_dir=str(directory / "clickhouse"))) as client:
+            return int(client.command("SELECT count() FROM usage_events"))
+    except AuditNotRunningError:
+        return -1
+
+
+async def test_killed_at_any_moment_the_audit_process_ends_up_with_exact_sums(tmp_path: Path) -> None:
+    dice = random.Random(7)  # noqa: S311 - the same dice in every run
+    everything, values = replayed(3_000, seed=4)
+    with EmbeddedBroker(tmp_path / "broker") as broker:
+        settings = settings_of(broker)
+        await create(settings, LEDGER.name, BATCHES.name)
+        sending = asyncio.create_task(send(settings, LEDGER.name, values))
+        for kill in range(KILLS):
+            with audit_process(tmp_path, settings, f"killed-{kill}") as process:
+                ready = tmp_path / "ready"
+                await asyncio.to_thread(process.wait_until, ready.exists, DEADLINE_S)
+                await asyncio.sleep(dice.uniform(0.0, 0.6))  # not a wait for anything: the moment of the kill
+                os.kill(process.pid, signal.SIGKILL)
+                await until(lambda running=process: not running.alive, "killed")
+                ready.unlink()
+        await sending
+        with audit_process(tmp_path, settings, "last") as process:
+            await until(lambda: count(tmp_path) >= 3_000, "written")
+            os.kill(process.pid, signal.SIGTERM)
+            await until(lambda: not process.alive, "stopped")
+            assert process.returncode == 0, (tmp_path / "last.log").read_text()
+    assert not (tmp_path / "ready").exists()
+    with pytest.raises(AuditNotRunningError):
+        read_address(tmp_path / "clickhouse")
+    for line in (tmp_path / "last.log").read_text().splitlines():
+        assert json.loads(line)["level"] in ("info", "warning"), line
+    database = open_embedded(Engine(tmp_path / "clickhouse", "spendfuse"))
+    try:
+        assert base_and_rollups(database) == [totals(everything)] * 3
+    finally:
+        database.close()

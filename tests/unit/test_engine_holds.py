@@ -1,0 +1,155 @@
+"""Calls in flight: held from started to finished or their deadline, and counted against caps."""
+
+from typing import Any
+
+import pytest
+
+from factories import AGENT, MINUTE, NOW, SECOND, Line, at, budget, cap, meter, packed, told, usage
+from spendfuse.engine.meter import HOLD_US_DEFAULT, HOLD_US_MAX
+from spendfuse.engine.policies import Policies
+from spendfuse.engine.rollup import apply_rollup, held_by
+from spendfuse.engine.state import SharedState
+from spendfuse.wire.base import from_us
+from spendfuse.wire.rollup import Rollup
+
+TEAM = "team:acme/research"
+MIDNIGHT = at("2026-11-24T00:00:00Z")
+
+
+def held(line: Line, now_us: int = NOW, scope: str = AGENT) -> int:
+    return line.meter.state(scope).spend.held(now_us)[0]
+
+
+def start(line: Line, output: int, now_us: int = NOW, **more: Any) -> list[str]:
+    return told(line.spend(output, now_us, **({"kind": "started", "id": "x"} | more)))
+
+
+def test_a_started_call_counts_as_committed_and_its_charge_replaces_the_hold() -> None:
+    line = Line(budget(cap(100)))
+    line.spend(40)
+    assert start(line, 59) == []
+    (halt,) = line.spend(1, kind="started", id="y").commands
+    assert (halt.measure.spend, halt.measure.committed) == (40, 100)  # type: ignore[union-attr]
+    assert "in flight" in halt.message
+    line.spend(10, id="x")
+    assert held(line) == 1
+    assert line.meter.state(AGENT).spend.in_window("day@UTC@1795392000")[0] == 50
+
+
+def test_finishing_at_the_bound_changes_nothing_in_committed() -> None:
+    line = Line(budget(cap(100, warn=[6_000])))
+    assert start(line, 60) == ["warn"]
+    assert told(line.spend(60, id="x")) == []
+    assert held(line) == 0
+
+
+def test_a_budget_that_does_not_count_holds_is_not_tripped_by_them() -> None:
+    line = Line(budget(cap(100), count_holds=False))
+    assert start(line, 500) == []
+    assert told(line.spend(100, id="x")) == ["halt"]
+
+
+def test_a_hold_ends_at_its_deadline_at_the_latest_after_a_day() -> None:
+    line = Line()
+    start(line, 5, id="a", deadline=from_us(NOW + MINUTE))
+    start(line, 7, id="b")
+    start(line, 9, id="c", deadline=from_us(NOW + 9 * HOLD_US_MAX))
+    assert held(line, NOW + MINUTE - 1) == 21
+    assert held(line, NOW + MINUTE) == 16
+    assert held(line, NOW + HOLD_US_DEFAULT) == 9
+    assert held(line, NOW + HOLD_US_MAX) == 0
+
+
+def test_progress_beyond_the_bound_raises_the_hold_and_below_it_the_bound_stands() -> None:
+    line = Line()
+    start(line, 50)
+    for so_far, expected in ((20, 50), (50, 50), (51, 51), (80, 80), (10, 80)):
+        start(line, so_far, kind="progress")
+        assert held(line) == expected
+
+
+def test_progress_extends_a_hold_only_by_a_deadline_of_its_own() -> None:
+    line = Line()
+    start(line, 50, deadline=from_us(NOW + MINUTE))
+    start(line, 10, NOW + SECOND, kind="progress")
+    assert held(line, NOW + MINUTE) == 0
+    start(line, 10, NOW + SECOND, kind="progress", deadline=from_us(NOW + 5 * MINUTE))
+    assert held(line, NOW + 5 * MINUTE - 1) == 50
+    start(line, 10, NOW + SECOND, kind="progress", deadline=from_us(NOW + 2 * MINUTE))
+    assert held(line, NOW + 5 * MINUTE - 1) == 50, "it is never cut short"
+
+
+@pytest.mark.parametrize("tidied", [False, True])
+def test_progress_after_the_deadline_holds_again_whether_or_not_the_old_hold_was_tidied_away(*, tidied: bool) -> None:
+    line = Line()
+    start(line, 50, deadline=from_us(NOW + MINUTE))
+    if tidied:
+        line.meter.state(AGENT).spend.release_expired(NOW + MINUTE)
+    start(line, 30, NOW + MINUTE, kind="progress")
+    assert held(line, NOW + MINUTE) == 30
+
+
+@pytest.mark.parametrize("kind", ["started", "progress"])
+def test_a_straggler_of_a_finished_call_is_ignored(kind: str) -> None:
+    line = Line(budget(cap(100)))
+    line.spend(10, id="x")
+    assert start(line, 500, kind=kind) == []
+    assert held(line) == 0
+
+
+def test_calls_of_two_agents_may_have_the_same_id() -> None:
+    line = Line()
+    start(line, 30, agent="one")
+    start(line, 40, agent="two")
+    assert held(line, scope=TEAM) == 70
+    line.spend(5, id="x", agent="one")
+    assert held(line, scope=TEAM) == 40
+    assert (held(line, scope="agent:acme/research/one"), held(line, scope="agent:acme/research/two")) == (0, 40)
+
+
+def test_a_call_that_started_just_before_midnight_counts_in_the_new_day() -> None:
+    line = Line(budget(cap(100)))
+    (halt,) = line.spend(100, MIDNIGHT + SECOND, ts_us=MIDNIGHT - SECOND, kind="started", id="x").commands
+    assert halt.window is not None
+    assert halt.window.start == from_us(MIDNIGHT)
+
+
+def shared(line: Line, state: SharedState, now_us: int, as_of: int) -> list[str]:
+    rollup = line.meter.rollup(TEAM, as_of, now_us)
+    assert rollup is not None
+    sent = Rollup.model_validate_json(rollup.model_dump_json())
+    _, effects = apply_rollup(state, sent, line.policies, now_us=now_us, price_book="x")
+    return told(effects) if effects else []
+
+
+def test_holds_of_a_team_are_a_gauge_that_trips_and_runs_out_although_its_partition_falls_silent() -> None:
+    line, state = Line(budget(cap(100), scope=TEAM)), SharedState()
+    start(line, 60, deadline=from_us(NOW + MINUTE))
+    assert shared(line, state, NOW, 1) == []
+    start(line, 40, id="y", deadline=from_us(NOW + 2 * MINUTE))
+    assert shared(line, state, NOW, 2) == ["halt"]
+    assert held_by(state, NOW).nanos == 100
+    assert held_by(state, NOW + 2 * MINUTE).nanos == 0
+    assert shared(line, state, NOW + MINUTE, 2) == []
+    assert held_by(state, NOW + MINUTE).nanos == 40
+
+
+def test_a_replay_of_started_and_finished_leaves_no_hold_behind() -> None:
+    line = Line()
+    messages = [packed(usage(1, kind="started", output=9), 1), packed(usage(1, output=3), 2)]
+    for _ in range(2):
+        line.meter.apply(messages, Policies(), line.book, NOW)
+        for scope in (AGENT, TEAM):
+            assert held(line, scope=scope) == 0
+            assert line.meter.state(scope).spend.in_window("day@UTC@1795392000") == [3, 3, 1]
+
+
+def test_a_trip_of_a_call_in_flight_is_known_again_after_a_crash_that_kept_the_ids_only() -> None:
+    line = Line(budget(cap(100)))
+    messages = [packed(usage(1, kind="started", output=100), 1), packed(usage(1, output=3), 2)]
+    (first,) = line.meter.apply(messages, line.policies, line.book, NOW).effects.commands
+    crashed = meter()
+    crashed.seen = line.meter.seen
+    (again,) = crashed.apply(messages, line.policies, line.book, NOW).effects.commands
+    assert again == first
+    assert crashed.states == line.meter.states
