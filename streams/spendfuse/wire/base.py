@@ -1,9 +1,19 @@
 """The manners every message shares: frozen, strict, bounded, no unknown fields."""
 
+import re
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Final
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -46,6 +56,11 @@ Offset = Annotated[int, Field(ge=0, le=OFFSET_MAX)]
 Partition = Annotated[int, Field(ge=0, le=65_535)]
 
 
+_RFC3339: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+
+
 def to_utc(value: datetime) -> datetime:
     """Return the same instant with the offset written as UTC.
 
@@ -75,8 +90,17 @@ def from_us(us: int) -> datetime:
     return EPOCH + timedelta(microseconds=us)
 
 
+def _written_as_rfc3339(value: object) -> object:
+    # pydantic also reads epoch seconds, a space for the T, and times without seconds: other emitters' schemas do not.
+    if isinstance(value, datetime) or (isinstance(value, str) and _RFC3339.fullmatch(value) is not None):
+        return value
+    raise ValueError("must be RFC 3339 with an offset, such as 2026-11-23T14:44:46.830Z")
+
+
 Instant = Annotated[
     AwareDatetime,
+    Strict(False),  # behind the check of the text, which is stricter than pydantic's
+    BeforeValidator(_written_as_rfc3339),
     AfterValidator(to_utc),
     PlainSerializer(rfc3339, return_type=str, when_used="json"),
     Field(description="RFC 3339 with an offset"),

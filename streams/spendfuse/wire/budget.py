@@ -21,7 +21,7 @@ ScopePattern = Annotated[
     str,
     Field(
         max_length=320,
-        pattern=r"^(workspace:[^/\s:]+|team:[^/\s]+/[^/\s]+|agent:[^/\s]+/[^/\s]+/[^/\s]+|run:[^/\s]+/\S+)$",
+        pattern=r"^(workspace:[^/\s:\[\]]+|team:[^/\s\[\]]+/[^/\s\[\]]+|agent:[^/\s\[\]]+/[^/\s\[\]]+/[^/\s\[\]]+|run:[^/\s\[\]]+/[^\s\[\]]+)$",
         description="a scope, or a pattern with * and ? inside a segment: one fuse for each match",
     ),
 ]
