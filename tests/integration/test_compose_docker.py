@@ -17,7 +17,7 @@ import uuid
 from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -64,7 +64,7 @@ FORBIDDEN = (
 
 def configure(directory: Path, account: str) -> dict[str, str]:
     """Write a configuration of the engine whose only usable user has an account's profile and grants."""
-    users = ElementTree.parse(CLICKHOUSE / "users.xml")  # noqa: S314 - our own file
+    users = ET.parse(CLICKHOUSE / "users.xml")  # noqa: S314 - our own file
     listed = users.getroot().find("users")
     profiles = users.getroot().find("profiles")
     assert listed is not None
@@ -78,19 +78,19 @@ def configure(directory: Path, account: str) -> dict[str, str]:
     for profile in profiles:
         for constraints in profile.findall("constraints"):
             profile.remove(constraints)
-    default = ElementTree.SubElement(listed, "default")
-    ElementTree.SubElement(default, "password")
+    default = ET.SubElement(listed, "default")
+    ET.SubElement(default, "password")
     default.extend(part for part in chosen if part.tag != "password")
-    ElementTree.SubElement(profiles, "default")
-    ElementTree.SubElement(ElementTree.SubElement(users.getroot(), "quotas"), "default")
+    ET.SubElement(profiles, "default")
+    ET.SubElement(ET.SubElement(users.getroot(), "quotas"), "default")
     users.write(directory / f"{account}.users.xml")
-    server = ElementTree.parse(CLICKHOUSE / "server.xml")  # noqa: S314 - our own file
+    server = ET.parse(CLICKHOUSE / "server.xml")  # noqa: S314 - our own file
     for name in ("logger", "max_server_memory_usage_to_ram_ratio"):
         part = server.getroot().find(name)
         assert part is not None
         server.getroot().remove(part)
-    where = ElementTree.SubElement(ElementTree.SubElement(server.getroot(), "user_directories"), "users_xml")
-    ElementTree.SubElement(where, "path").text = str(directory / f"{account}.users.xml")
+    where = ET.SubElement(ET.SubElement(server.getroot(), "user_directories"), "users_xml")
+    ET.SubElement(where, "path").text = str(directory / f"{account}.users.xml")
     config = directory / f"{account}.config.xml"
     server.write(config)
     return {"config-file": str(config)}
@@ -229,8 +229,11 @@ async def test_a_real_kafka_runs_by_the_settings_of_compose() -> None:
 def docker_missing() -> str | None:
     if shutil.which("docker") is None:
         return "compose needs docker, which is not on the PATH"
-    asked = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=30, check=False)
-    return None if asked.returncode == 0 else f"no Docker engine answers: {asked.stderr.strip()[-200:]}"
+    for question, says in ((["info"], "no Docker engine answers"), (["compose", "version"], "docker has no compose")):
+        asked = subprocess.run(["docker", *question], capture_output=True, text=True, timeout=30, check=False)
+        if asked.returncode != 0:
+            return f"{says}: {asked.stderr.strip()[:200]}"
+    return None
 
 
 @pytest.fixture
@@ -265,7 +268,7 @@ def compose(tmp_path: Path) -> Iterator[Any]:
 
 def grafana(path: str, password: str, body: dict[str, Any] | None = None) -> Any:
     login = b64encode(f"admin:{password}".encode()).decode()
-    request = urllib.request.Request(  # noqa: S310 - a loopback URL
+    request = urllib.request.Request(
         f"http://127.0.0.1:3000{path}",
         data=None if body is None else json.dumps(body).encode(),
         headers={"Authorization": f"Basic {login}", "Content-Type": "application/json"},

@@ -25,7 +25,7 @@ class Truth:
 
     @classmethod
     def of(cls, values: Iterable[bytes | None]) -> Truth:
-        """Add up the finished calls in the values of `usage.v1`, each id of an agent once; what is no JSON is no call."""
+        """Add up the finished calls in the values of `usage.v1`, each id of an agent once."""
         truth = cls()
         seen = set()
         for value in values:

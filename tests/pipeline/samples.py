@@ -38,8 +38,8 @@ def cap(amount: int, *, unit: str = "nano-USD", window: str = "day", **more: Any
     return Cap(id=f"{window}-{unit[-3:].lower()}", unit=unit, amount=amount, window=WindowSpec(kind=window), **more)
 
 
-def budget(scope: str, *caps: Cap, id: str = "b1", version: int = 1, **more: Any) -> Budget:
-    return Budget(id=id, version=version, scope=scope, caps=list(caps), **more)
+def budget(scope: str, *caps: Cap, name: str = "b1", version: int = 1, **more: Any) -> Budget:
+    return Budget(id=name, version=version, scope=scope, caps=list(caps), **more)
 
 
 def driver(*budgets: Budget, **more: Any) -> PipelineDriver:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -58,12 +59,9 @@ def test_one_agent_is_always_on_one_packed_partition() -> None:
         for number in range(20):
             pipeline.emit(call(pipeline, f"acme/t/a{number}", input=1), partition=partition)
     homes: dict[str, set[int]] = {}
-    for entry in pipeline.ledger():
-        homes.setdefault(entry.usage.agent, set())
     for record in pipeline.records(PACKED.name):
-        for agent in homes:
-            if f'"agent":"{agent}"'.encode() in record.value:
-                homes[agent].add(record.partition)
+        for packed in json.loads(record.value)["usages"]:
+            homes.setdefault(packed["u"]["agent"], set()).add(record.partition)
     assert len(homes) == 20
     assert all(len(partitions) == 1 for partitions in homes.values())
     assert len(set.union(*homes.values())) == 4
@@ -127,7 +125,7 @@ def test_a_budget_applied_in_the_middle_of_the_day_counts_from_its_beginning() -
     pipeline.emit(call(pipeline, input=10))
     pipeline.advance(hours=2)
     pipeline.apply_budget(budget("agent:acme/*/*", cap(10 * INPUT_NANOS)))
-    pipeline.apply_budget(budget("team:acme/*", cap(10 * INPUT_NANOS), id="teams"))
+    pipeline.apply_budget(budget("team:acme/*", cap(10 * INPUT_NANOS), name="teams"))
     assert sorted((command.action, command.scope) for command in pipeline.commands()) == [
         ("halt", PLANNER),
         ("halt", "team:acme/research"),
@@ -200,7 +198,7 @@ def test_degrading_carries_the_models_to_use_instead() -> None:
 
 def test_calls_in_flight_count_until_they_finish_or_their_deadline_passes() -> None:
     pipeline = driver(
-        budget("agent:acme/*/*", cap(100, unit="tokens")), budget("team:acme/*", cap(300, unit="tokens"), id="t")
+        budget("agent:acme/*/*", cap(100, unit="tokens")), budget("team:acme/*", cap(300, unit="tokens"), name="t")
     )
     deadline = pipeline.now + timedelta(seconds=60)
     pipeline.emit(call(pipeline, id="c1", kind="started", output=60, deadline=deadline))

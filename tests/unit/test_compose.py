@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
@@ -183,7 +183,7 @@ def test_a_command_of_compose_is_one_the_image_has(name: str) -> None:
 
 
 def test_each_clickhouse_account_has_a_password_of_its_own_and_is_used_as_it_is_meant() -> None:
-    users = ElementTree.parse(ROOT / "deploy/docker/clickhouse/users.xml").getroot().find("users")  # noqa: S314 - ours
+    users = ET.parse(ROOT / "deploy/docker/clickhouse/users.xml").getroot().find("users")  # noqa: S314 - ours
     assert users is not None
     passwords = {user.tag: user.find("password") for user in users if user.tag != "default"}
     names = {tag: password.get("from_env") for tag, password in passwords.items() if password is not None}

@@ -36,13 +36,17 @@ def expanded(sql: str, interval: int | None = None, **variables: Any) -> str:
         ("$__dateFilter(c)", "c >= toDate('2025-03-29') AND c <= toDate('2025-03-30')"),
         (
             "$__dateTimeFilter(d, t)",
-            "d >= toDate('2025-03-29') AND d <= toDate('2025-03-30')"
-            " AND t >= toDateTime(1743285600) AND t <= toDateTime(1743372000)",
+            (
+                "d >= toDate('2025-03-29') AND d <= toDate('2025-03-30')"
+                " AND t >= toDateTime(1743285600) AND t <= toDateTime(1743372000)"
+            ),
         ),
         (
             "$__dt(d, t)",
-            "d >= toDate('2025-03-29') AND d <= toDate('2025-03-30')"
-            " AND t >= toDateTime(1743285600) AND t <= toDateTime(1743372000)",
+            (
+                "d >= toDate('2025-03-29') AND d <= toDate('2025-03-30')"
+                " AND t >= toDateTime(1743285600) AND t <= toDateTime(1743372000)"
+            ),
         ),
         ("$__timeGroup(c, 5m)", "toStartOfInterval(toDateTime(c), INTERVAL 300 second)"),
         ("$__conditionalAll(team IN (1), $team)", "team IN (1)"),
@@ -56,9 +60,10 @@ def test_a_macro_becomes_what_the_plugin_sends(macro: str, wanted: str) -> None:
 @pytest.mark.parametrize(
     ("sql", "wanted"),
     [
-        ("$__timeFilter(toDateTime(f(a, b)))", "toDateTime(f(a, b)) >= toDateTime(1743285600) AND "
-         "toDateTime(f(a, b)) <= toDateTime(1743372000)"),
-        ("$__timeTo($__timeInterval(c))", "toStartOfInterval(toDateTime(c), INTERVAL 15 second) <= toDateTime(1743372000)"),
+        ("$__timeFilter(toDateTime(f(a, b)))", ("toDateTime(f(a, b)) >= toDateTime(1743285600) AND "
+         "toDateTime(f(a, b)) <= toDateTime(1743372000)")),
+        ("$__timeTo($__timeInterval(c))",
+         "toStartOfInterval(toDateTime(c), INTERVAL 15 second) <= toDateTime(1743372000)"),
         ("$__conditionalAll($__conditionalAll(a IN (1), $other) AND (b = ')' OR f(c, d)), $team)",
          "1=1 AND (b = ')' OR f(c, d))"),
         ("$__conditionalAll(team IN (${team:singlequote}), $team)", "team IN ('research','support')"),

@@ -192,6 +192,8 @@ async def _import(where: "Target", usages: Any, tally: _Tally, rows: int | None,
     from spendfuse.cli import console, kafka
     from spendfuse.wire.topics import USAGE
 
+    limited = usages if rows is None else islice(usages, rows)
+    chunk = list(islice(limited, CHUNK_ROWS))  # a file at fault is said before the broker is asked
     if not dry_run:
         await kafka.check_topics(where, USAGE.name)
     screen = console.err()
@@ -201,12 +203,12 @@ async def _import(where: "Target", usages: Any, tally: _Tally, rows: int | None,
         stack.enter_context(progress)
         task = progress.add_task("rows", total=rows)
         send = None if dry_run else await stack.enter_async_context(kafka.sending(where))
-        limited = usages if rows is None else islice(usages, rows)
-        while chunk := list(islice(limited, CHUNK_ROWS)):
+        while chunk:
             if send is not None:
                 tally.messages += len(await _send_chunk(send, chunk))
             tally.count(chunk)
             progress.update(task, completed=tally.sent)
+            chunk = list(islice(limited, CHUNK_ROWS))
 
 
 async def _send_all(where: "Target", usages: "Sequence[Usage]") -> "list[Placed]":

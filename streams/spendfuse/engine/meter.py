@@ -15,7 +15,7 @@ from spendfuse.engine.prices import Charge, PriceBook
 from spendfuse.engine.spend import Hold
 from spendfuse.engine.state import NOTED_MAX, ScopeState
 from spendfuse.engine.windows import calendar_window
-from spendfuse.wire.base import from_us, to_us
+from spendfuse.wire.base import from_us, to_us, trusted
 from spendfuse.wire.control import Alert, Cause
 from spendfuse.wire.ledger import Charge as WireCharge
 from spendfuse.wire.ledger import LedgerEntry
@@ -269,25 +269,26 @@ def _gather(into: Effects, effects: Effects | None) -> None:
 
 
 def _entry(kind: str, step: _Step) -> LedgerEntry:
-    charge = step.charge
-    # model_construct: every value was validated at the intake or computed here from validated integers.
-    return LedgerEntry.model_construct(
-        kind=kind,
-        topic=USAGE.name,
-        partition=step.origin.partition,
-        offset=step.origin.offset,
-        index=step.origin.nth,
-        at=from_us(step.now_us),
-        late=step.late,
-        usage=step.usage,
-        charge=WireCharge.model_construct(
-            cost_nanos=charge.cost_nanos,
-            currency=charge.currency,
-            price_book=charge.price_book,
-            priced_by=charge.priced_by,
-            rates=list(charge.rates),
-            tier_known=charge.tier_known,
-        ),
+    charge, origin = step.charge, step.origin
+    # Trusted: every value was validated at the intake, or computed here from validated integers.
+    priced = trusted(WireCharge, {**charge._asdict(), "rates": list(charge.rates)})
+    return trusted(
+        LedgerEntry,
+        {
+            "kind": kind,
+            "topic": USAGE.name,
+            "partition": origin.partition,
+            "offset": origin.offset,
+            "index": origin.nth,
+            "at": from_us(step.now_us),
+            "late": step.late,
+            "usage": step.usage,
+            "charge": priced,
+            "command": None,
+            "ack": None,
+            "alert": None,
+            "data": None,
+        },
     )
 
 

@@ -1,6 +1,7 @@
 """The worker process: `spendfuse worker`, or `python -m spendfuse.pipeline.worker`."""
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from spendfuse.settings import BrokerSettings, ClockSettings, SettingsError, Wor
 EXIT_USAGE: Final = 64
 EXIT_UNAVAILABLE: Final = 69
 EXIT_NOT_READY: Final = 70
+GC_THRESHOLDS: Final = (100_000, 20, 50)
 
 log: Any = structlog.get_logger("spendfuse.worker")
 
@@ -67,6 +69,7 @@ def run(broker: BrokerSettings, settings: WorkerSettings, clocks: ClockSettings)
     except (KafkaError, OSError) as error:
         log.error("broker away", servers=broker.bootstrap_servers, reason=str(error))  # noqa: TRY400 - the same
         return EXIT_UNAVAILABLE
+    _spare_the_collector()
     worker = _Worker(app, loglevel="WARN", redirect_stdouts=False, quiet=True)
     try:
         worker.execute_from_commandline()
@@ -75,6 +78,13 @@ def run(broker: BrokerSettings, settings: WorkerSettings, clocks: ClockSettings)
             log.critical("worker ended", exit_code=stopped.code, exc_info=stopped.__context__)
         return int(stopped.code or 0)
     return 0
+
+
+def _spare_the_collector() -> None:
+    """Let the cyclic collector look less often: full rounds took half of the intake's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 class _Worker(faust.Worker):

@@ -282,17 +282,17 @@ class PipelineDriver:
         return [Alert.model_validate_json(record.value or b"") for record in self.records(ALERTS.name)]
 
     def dead_letters(self) -> list[DeadLetterRow]:
-        """Return what was refused, in order."""
+        """Return what was refused, in order; a number that somebody else's record does not give is -1."""
         rows = []
         for record in self.records(DEAD_LETTERS.name):
             said = dict(record.headers)
             rows.append(
                 DeadLetterRow(
-                    said["spendfuse-reason"].decode(),
-                    said["spendfuse-topic"].decode(),
-                    int(said["spendfuse-partition"]),
-                    int(said["spendfuse-offset"]),
-                    int(said["spendfuse-index"]),
+                    said.get("spendfuse-reason", b"").decode("utf-8", "replace"),
+                    said.get("spendfuse-topic", b"").decode("utf-8", "replace"),
+                    _whole(said.get("spendfuse-partition")),
+                    _whole(said.get("spendfuse-offset")),
+                    _whole(said.get("spendfuse-index")),
                     record.value or b"",
                 )
             )
@@ -460,3 +460,7 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 @cache
 def _shipped_book() -> PriceBookFile:
     return price_book_file.shipped()
+
+
+def _whole(said: bytes | None) -> int:
+    return int(said) if said is not None and said.isdigit() else -1
