@@ -28,6 +28,7 @@ check: $(STAMP) lint ## generated files are what their sources say
 	$(PY) schemas/generate.py --check
 	$(PY) schemas/build_price_book.py --check
 	$(PY) -m spendfuse.grafana.generate --check
+	$(PY) docs/tables.py --check
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -39,6 +40,7 @@ generate: $(STAMP) ## write the generated files anew
 	$(PY) schemas/generate.py
 	$(PY) schemas/build_price_book.py
 	$(PY) -m spendfuse.grafana.generate
+	$(PY) docs/tables.py
 
 bench: $(STAMP) ## what the worker takes, and halt lag on a real Kafka (needs Java and Maven)
 	$(PY) tests/bench/throughput.py

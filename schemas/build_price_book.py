@@ -6,7 +6,6 @@
 A book is immutable: a new genai-prices is a new book with a new date, never a change of an old one. What is left out,
 and why, is printed: a model without a row here is charged at its provider's ceiling, never at zero.
 """
-# ruff: noqa: INP001, T201 - a developer's tool beside the file it writes, run by hand: not a package, and it prints
 
 import argparse
 import re

@@ -3,7 +3,6 @@
 python schemas/generate.py            writes schemas/json/, schemas/asyncapi.yaml and schemas/topics.md
 python schemas/generate.py --check    writes nothing; prints a diff and ends with 1 when a file is not current
 """
-# ruff: noqa: INP001, T201 - a developer's tool beside the files it writes, run by hand: not a package, and it prints
 
 import argparse
 import difflib

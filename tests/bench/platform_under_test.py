@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "streams"), str(ROOT / "tests")]
 
-import kraft  # noqa: E402 - the path above leads to it
 from aiokafka import AIOKafkaProducer  # noqa: E402
 
+import kraft  # noqa: E402 - the path above leads to it
 from spendfuse.client.connection import producer_options  # noqa: E402
 from spendfuse.client.keys import generate  # noqa: E402
 from spendfuse.embedded.processes import ChildProcess  # noqa: E402

@@ -62,6 +62,7 @@ operations = st.lists(
         st.tuples(st.just("budget"), st.integers(100, 1_000)),
         st.tuples(st.just("withdraw")),
     ),
+    min_size=8,
     max_size=60,
 )
 
@@ -72,31 +73,31 @@ def usage(pipeline: PipelineDriver, fields: dict[str, Any], **more: Any) -> Usag
 
 
 def perform(pipeline: PipelineDriver, steps: Sequence[tuple[Any, ...]], *, budgets_change: bool = True) -> None:
-    version = 1
-    for step in steps:
-        match step:
-            case ("emit", fields, partition):
-                pipeline.emit(usage(pipeline, fields), partition=partition)
-            case ("start", fields, partition):
-                pipeline.emit(usage(pipeline, fields, kind="started"), partition=partition)
-            case ("pack", many, partition):
-                pipeline.emit([usage(pipeline, fields) for fields in many], partition=partition)
-            case ("garbage", value, partition):
-                pipeline.emit(b"!" + value, partition=partition)
-            case ("flush",):
-                pipeline.flush()
-            case ("crash", *after):
-                pipeline.crash(*after)
-            case ("reassign",):
-                pipeline.reassign()
-            case ("wait", seconds):
-                pipeline.advance(seconds=seconds)
-            case ("budget", amount) if budgets_change:
-                version += 1
-                limit = cap(amount, unit="tokens")
-                pipeline.apply_budget(budget("team:acme/*", limit, name="teams", version=version))
-            case ("withdraw",) if budgets_change:
-                pipeline.withdraw_budget("teams")
+    for version, (step, *values) in enumerate(steps, start=2):
+        if step in {"emit", "start", "pack", "garbage"}:
+            put(pipeline, step, *values)
+        elif step == "budget" and budgets_change:
+            limit = cap(values[0], unit="tokens")
+            pipeline.apply_budget(budget("team:acme/*", limit, name="teams", version=version))
+        elif step == "withdraw" and budgets_change:
+            pipeline.withdraw_budget("teams")
+        elif step == "wait":
+            pipeline.advance(seconds=values[0])
+        elif step in {"flush", "crash", "reassign"}:
+            getattr(pipeline, step)(*values)
+
+
+def put(pipeline: PipelineDriver, step: str, content: Any, partition: int) -> None:
+    what: Any = b"!"
+    if step == "emit":
+        what = usage(pipeline, content)
+    elif step == "start":
+        what = usage(pipeline, content, kind="started")
+    elif step == "pack":
+        what = [usage(pipeline, fields) for fields in content]
+    else:
+        what += content
+    pipeline.emit(what, partition=partition)
 
 
 def settle(pipeline: PipelineDriver) -> None:
@@ -288,10 +289,10 @@ def test_a_partition_taken_away_and_given_back_starts_from_what_is_durable() -> 
 
 def test_a_ledger_message_never_exceeds_what_kafka_takes() -> None:
     pipeline = driver(autoflush=False)
-    for partition in range(4):
-        pack = [call(pipeline, id=f"{partition}-{number}", input=1, run="r") for number in range(500)]
+    for nth in range(4):
+        pack = [call(pipeline, id=f"{nth}-{number}", input=1, run="r") for number in range(500)]
         assert len(encode(UsagePack(usages=pack))) < MESSAGE_BYTES_MAX
-        pipeline.emit(pack, partition=partition)
+        pipeline.emit(pack, partition=0)
     pipeline.crash()  # the intake reads them again, all at once
     pipeline.flush()
     largest = max(len(Packed.model_validate_json(record.value).usages) for record in pipeline.records(PACKED.name))
@@ -309,6 +310,5 @@ def test_a_state_of_another_version_is_refused_and_not_guessed_at() -> None:
     for record in list(pipeline.changelog):
         if record.table == "scopes":
             pipeline.changelog.append(record._replace(value=b"\x09" + record.value[1:]))
-    pipeline.crash()
     with pytest.raises(UnreadableStateError, match="run the version that wrote it"):
-        pipeline.emit(call(pipeline, input=1))
+        pipeline.crash()

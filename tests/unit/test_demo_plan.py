@@ -35,7 +35,7 @@ def test_the_plan_is_23_agents_whose_calls_run_forward_within_72_hours() -> None
     for agent in agents:
         offsets = [call.offset_us for call in agent.calls()]
         assert offsets == sorted(offsets)
-        assert 0 <= offsets[0]
+        assert offsets[0] >= 0
         assert offsets[-1] < 72 * 3600 * 1_000_000
 
 

@@ -9,7 +9,7 @@ EXIT_SETTINGS: Final = 64
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     try:
-        from spendfuse.cli.app import app  # noqa: PLC0415 - the client alone is installed without typer
+        from spendfuse.cli.app import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {"typer", "rich"}:
             raise

@@ -1,6 +1,4 @@
 """`spendfuse audit`: the trail in ClickHouse."""
-# A command imports what it needs when it runs, so that --help answers at once.
-# ruff: noqa: PLC0415
 
 import os
 from typing import Annotated

@@ -1,6 +1,4 @@
 """`spendfuse budgets`: check a file, apply it, list what is in force."""
-# A command imports what it needs when it runs, so that --help answers at once.
-# ruff: noqa: PLC0415
 
 from dataclasses import dataclass, field
 from pathlib import Path

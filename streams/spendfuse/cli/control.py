@@ -1,6 +1,4 @@
 """`spendfuse halt` and `spendfuse resume`: a person's commands, signed."""
-# A command imports what it needs when it runs, so that --help answers at once.
-# ruff: noqa: PLC0415
 
 import contextlib
 import re

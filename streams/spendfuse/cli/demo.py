@@ -1,6 +1,4 @@
 """`spendfuse demo`: the weekend, or a trace, on this machine."""
-# A command imports what it needs when it runs, so that --help answers at once.
-# ruff: noqa: PLC0415
 
 from pathlib import Path
 from typing import Annotated, Final

@@ -1,6 +1,4 @@
 """`spendfuse doctor`: what is well, what is not, and what to do."""
-# A command imports what it needs when it runs, so that --help answers at once.
-# ruff: noqa: PLC0415
 
 import contextlib
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple

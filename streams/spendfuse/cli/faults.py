@@ -79,7 +79,7 @@ def sentence(error: BaseException) -> tuple[str, int] | None:
 
 def say(message: str) -> None:
     """Write an error to standard error, in red where that is a terminal."""
-    from spendfuse.cli.console import err, printable_lines  # noqa: PLC0415 - errors alone need rich here
+    from spendfuse.cli.console import err, printable_lines
 
     err().print(printable_lines(f"spendfuse: {message}"), style="red", soft_wrap=True)
 

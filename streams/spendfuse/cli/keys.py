@@ -1,6 +1,4 @@
 """`spendfuse keys`: who may command."""
-# A command imports what it needs when it runs, so that --help answers at once.
-# ruff: noqa: PLC0415
 
 import os
 from pathlib import Path

@@ -1,6 +1,4 @@
 """`spendfuse status`: the live wallet in the terminal."""
-# A command imports what it needs when it runs, so that --help answers at once.
-# ruff: noqa: PLC0415
 
 from typing import TYPE_CHECKING, Annotated, Any, Final
 

@@ -35,9 +35,9 @@ def create(
 
     Partition counts are SPENDFUSE_PARTITIONS and SPENDFUSE_REPLICATION unless given.
     """
-    from spendfuse.cli import console, kafka, target  # noqa: PLC0415 - what a command needs is imported when it runs
-    from spendfuse.pipeline.topics import TopicReport, ensure_topics  # noqa: PLC0415 - the same
-    from spendfuse.settings import WorkerSettings  # noqa: PLC0415 - the same
+    from spendfuse.cli import console, kafka, target
+    from spendfuse.pipeline.topics import TopicReport, ensure_topics
+    from spendfuse.settings import WorkerSettings
 
     where = target.find(bootstrap_servers, state_dir)
     settings = WorkerSettings.from_env(where.env, partitions=partitions, replication=replication)

@@ -1,6 +1,4 @@
 """`spendfuse up`: everything on this machine, without Docker."""
-# A command imports what it needs when it runs, so that --help answers at once.
-# ruff: noqa: PLC0415
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final

@@ -29,9 +29,9 @@ def worker(
 
     Start as many as you like: Kafka shares the partitions out. All other settings come from SPENDFUSE_... variables.
     """
-    from spendfuse.cli import target  # noqa: PLC0415 - what a command needs is imported when it runs
-    from spendfuse.pipeline.worker import run  # noqa: PLC0415 - the same
-    from spendfuse.settings import ClockSettings, WorkerSettings  # noqa: PLC0415 - the same
+    from spendfuse.cli import target
+    from spendfuse.pipeline.worker import run
+    from spendfuse.settings import ClockSettings, WorkerSettings
 
     where = target.find(bootstrap_servers, state_dir)
     settings = WorkerSettings.from_env(where.env, partitions=partitions, data_dir=data_dir)

@@ -11,7 +11,7 @@ from rich.text import Text
 from spendfuse.engine.sentences import amount, instant
 from spendfuse.engine.wallet import FuseLook, WalletRow
 from spendfuse.pipeline.wallet import WalletHeader
-from spendfuse.wire.budget import BASIS_POINTS
+from spendfuse.wire.budget import BASIS_POINTS, UNKNOWN_MODEL_CAP
 from spendfuse.wire.control import MANUAL_BUDGET
 
 STYLES: Final[dict[FuseLook, str]] = {
@@ -74,13 +74,15 @@ def header_lines(header: WalletHeader, zone: str = "UTC") -> list[Text]:
     if header.price_book:
         line.append(f", prices {header.price_book[:40]}", style="not bold")
     lines = [line, _workers(header)]
-    by_hand = [halt for halt in header.halts if halt.budget == MANUAL_BUDGET]
-    for halt in by_hand[:HALTS_SHOWN_MAX]:
+    # A cap's trip has a row; these have none.
+    others = [halt for halt in header.halts if halt.budget == MANUAL_BUDGET or halt.cap == UNKNOWN_MODEL_CAP]
+    for halt in others[:HALTS_SHOWN_MAX]:
         until = "until resumed" if halt.expires_at is None else f"until {halt.expires_at:%Y-%m-%d %H:%M} UTC"
+        who = f"held {halt.scope} by {printable(halt.by)}" if halt.budget == MANUAL_BUDGET else f"halted {halt.scope}"
         why = f": {printable(halt.reason)}" if halt.reason else ""
-        lines.append(Text(f"held {halt.scope} by {printable(halt.by)} {until}{why}", style=STYLES["held"]))
-    if len(by_hand) > HALTS_SHOWN_MAX:
-        lines.append(Text(f"and {len(by_hand) - HALTS_SHOWN_MAX} more halts by hand", style="dim"))
+        lines.append(Text(f"{who} {until}{why}", style=STYLES["held"]))
+    if len(others) > HALTS_SHOWN_MAX:
+        lines.append(Text(f"and {len(others) - HALTS_SHOWN_MAX} more halts", style="dim"))
     if header.unseen or header.unreadable:
         lines.append(Text(f"{header.unseen:,} scopes not shown, {header.unreadable:,} unreadable", style="yellow"))
     return lines

@@ -264,7 +264,6 @@ class PipelineDriver:
         self._generation += 1
         self._meter_reader.rewind()
         self._rollup_reader.rewind()
-        self._tables()
         self._drive()
 
     # -- what comes out --------------------------------------------------------------------------------------------
