@@ -33,7 +33,8 @@ def usages(count: int, agents: int) -> list[Usage]:
     return [
         Usage(
             id=f"bench-{number}", ts=ts, workspace="acme", team="research", agent=f"agent-{number % agents}",
-            run=f"run-{number % agents}", root_run="root", provider="anthropic", model="claude-sonnet-4-6", tokens=TOKENS,
+            run=f"run-{number % agents}", root_run="root", provider="anthropic", model="claude-sonnet-4-6",
+            tokens=TOKENS,
         )
         for number in range(count)
     ]  # fmt: skip
