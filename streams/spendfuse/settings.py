@@ -163,7 +163,10 @@ class WorkerSettings(Settings):
     )
     replication: Annotated[int, Field(ge=1, le=5)] = Field(1, description="replicas of each topic")
     flush_interval_ms: Annotated[int, Field(ge=10, le=5_000)] = Field(
-        100, description="how often touched state is written and the source acknowledged"
+        250, description="how often touched state is written and the source acknowledged"
+    )
+    rollup_interval_ms: Annotated[int, Field(ge=5, le=5_000)] = Field(
+        25, description="how often shares of teams, workspaces and runs that have a cap are published"
     )
     usage_age_max_s: Annotated[int, Field(ge=60)] = Field(
         7 * 86_400, description="usage older than this goes to the dead letters"

@@ -51,6 +51,7 @@ class _Pending:
     meter: PartitionMeter
     as_of: int = -1
     dirty: set[str] = field(default_factory=set)
+    unpublished: set[str] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -111,6 +112,7 @@ class MeterStage:
         now_us = self._clock()
         outcome = pending.meter.apply(usages, self._feed.policies, self._feed.book, now_us)
         pending.dirty |= outcome.touched
+        pending.unpublished |= outcome.touched
         pending.as_of = record.offset
         self._count(outcome, len(usages))
         # Commands leave before anything else is done with this message.
@@ -118,6 +120,20 @@ class MeterStage:
         entries = outcome.entries + _decisions(outcome.effects.shadow, record, now_us)
         deliveries += await self._publisher.ledger(record.partition, f"{record.partition}/{record.offset}", entries)
         return deliveries
+
+    async def publish_rollups(self) -> None:
+        """Publish the shares of scopes that have a cap, so that it is judged soon; the others go with the flush."""
+        async with self._changing:
+            self._drop_if_reassigned()
+            for pending in self._partitions.values():
+                capped = {scope for scope in pending.unpublished if self._feed.policies.of(scope).limits}
+                pending.unpublished -= capped
+                self._deliveries += await self._publish(pending, capped)
+
+    async def _publish(self, pending: _Pending, scopes: set[str]) -> list[Delivery]:
+        now_us = self._clock()
+        shares = [pending.meter.rollup(scope, pending.as_of, now_us) for scope in scopes]
+        return [await self._publisher.rollup(share) for share in shares if share is not None]
 
     async def flush(self) -> None:
         """Make everything since the last flush durable, then acknowledge its source."""
@@ -129,9 +145,9 @@ class MeterStage:
                 deliveries, self._deliveries = self._deliveries, []
                 # In one step: what is written is what led to `deliveries`, and nothing later.
                 rollups, writes = self._take_dirty()
+                deliveries += [await self._publisher.rollup(rollup) for rollup in rollups]
             if not (unacked or deliveries or writes):
                 return
-            deliveries += [await self._publisher.rollup(rollup) for rollup in rollups]
             await asyncio.gather(*deliveries)
             if generation != self._generation():
                 return  # no longer ours: the new owner reads it again, and writes it
@@ -148,10 +164,10 @@ class MeterStage:
         rollups: list[Rollup] = []
         writes: list[_Write] = []
         for partition, pending in self._partitions.items():
+            shares = (pending.meter.rollup(scope, pending.as_of, now_us) for scope in pending.unpublished)
+            rollups += [share for share in shares if share is not None]
+            pending.unpublished.clear()
             for scope in pending.dirty:
-                rollup = pending.meter.rollup(scope, pending.as_of, now_us)
-                if rollup is not None:
-                    rollups.append(rollup)
                 value = encode_scope(pending.meter.state(scope))
                 writes.append((self._tables.scopes, partition, state_key(partition, scope), value))
             for slot, value in pending.meter.seen.take_dirty().items():

@@ -400,11 +400,11 @@ class PipelineDriver:
 
     def _flush(self) -> None:
         self._rest()
+        self._intake_reader.commit()
         self._run(self._meter.flush())
         self._rest()
         self._run(self._rollup.flush())
         self._rest()
-        self._intake_reader.commit()
         self._recorder_reader.commit()
 
     def _rest(self) -> None:
