@@ -93,6 +93,8 @@ class PolicyFeed:
             return _sentence(error)
         if isinstance(record, WorkspaceSettings):
             self._workspaces[record.workspace] = record
+        elif foreign := sorted({cap.unit for cap in record.caps} - {"tokens", f"nano-{self._file.currency}"}):
+            return f"caps in {', '.join(foreign)}: the price book is in {self._file.currency}, so use that or tokens"
         elif len(self._budgets) >= BUDGETS_MAX and record.id not in self._budgets:
             return f"more than {BUDGETS_MAX} budgets: {record.id} is not in force"
         else:
