@@ -42,6 +42,7 @@ AGENT_START_TIMEOUT_S: Final = 60.0
 END_TIMEOUT_S: Final = 20.0
 JOIN_TIMEOUT_S: Final = 5.0
 STEP_S: Final = 0.1
+LAST_STEPS: Final = 8
 
 
 @dataclass(slots=True)
@@ -183,7 +184,9 @@ async def _live_weekend(
                 raise DemoError("the weekend is over and an agent has not ended")
             view.refresh(len(agents.reports))
             await asyncio.sleep(STEP_S)
-        view.refresh(len(agents.reports))
+        for _ in range(LAST_STEPS):  # until the worker has written the last state, for the last picture
+            view.refresh(len(agents.reports))
+            await asyncio.sleep(STEP_S)
     return await asyncio.to_thread(_read_back, console, stack, agents, clock.factor, without)
 
 

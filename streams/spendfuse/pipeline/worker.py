@@ -90,6 +90,11 @@ def _spare_the_collector() -> None:
 class _Worker(faust.Worker):
     """Faust's worker, without its own logging: it would clear the handlers that are in place."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Take what Faust's takes."""
+        super().__init__(*args, **options)
+        self.spinner = None  # it writes to standard output, terminal or not
+
     def _setup_logging(self) -> None:
         """Leave the logging as it is."""
 
