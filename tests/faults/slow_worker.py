@@ -18,7 +18,7 @@ from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
 from spendfuse.pipeline import faust_cures, worker
 from spendfuse.pipeline.meter import MeterStage
 
-SEEK_S = 1.5
+SEEK_S = 4.0
 WORK_S = 0.001
 
 

@@ -30,6 +30,7 @@ BEFORE, WHILE_DOWN = 300, 1_500
 DEADLINE_S = 60.0
 QUIET_S = 4.0
 AGENTS = 8
+ATTEMPTS = 3
 
 
 @pytest.fixture
@@ -89,11 +90,11 @@ def calls(watch: scenario.Watch) -> int:
     return sum(sums[2] for scope, sums in watch.stored("acme").items() if scope.startswith("agent:"))
 
 
-@pytest.mark.broker
-@pytest.mark.parametrize("cured", [True, False], ids=["cured", "uncured"])
-async def test_a_recovery_loses_events_unless_it_is_cured(cured: bool, tmp_path: Path) -> None:
+async def lost_in_a_recovery(directory: Path, *, cured: bool) -> int:
+    """Return how many usages a recovery loses, on a broker of its own."""
+    directory.mkdir()  # noqa: ASYNC240 - once, before anything runs
     try:
-        broker = EmbeddedBroker(tmp_path).start()
+        broker = EmbeddedBroker(directory).start()
     except BrokerUnavailableError as error:
         pytest.skip(str(error))
     with broker:
@@ -106,15 +107,26 @@ async def test_a_recovery_loses_events_unless_it_is_cured(cured: bool, tmp_path:
             rebalance_timeout_ms=2_000,
             heartbeat_interval_ms=400,
         )
-        recovering = Recovering(settings, tmp_path, {} if cured else {"SPENDFUSE_TEST_UNCURED": "1"})
+        recovering = Recovering(settings, directory, {} if cured else {"SPENDFUSE_TEST_UNCURED": "1"})
         with recovering.worker:
-            charged = await recovering.charged_after_recovery()
-        if cured:
-            assert charged == recovering.sent
-        else:
-            # If this fails, the race has gone or is no longer hit: then the test above proves nothing.
-            assert charged < recovering.sent, "Faust lost nothing without the cure: is it still needed?"
-            print(f"without the cure {recovering.sent - charged} of {recovering.sent} usages were lost")  # noqa: T201
+            return (BEFORE + WHILE_DOWN) - await recovering.charged_after_recovery()
+
+
+@pytest.mark.broker
+async def test_a_cured_recovery_loses_nothing(tmp_path: Path) -> None:
+    assert await lost_in_a_recovery(tmp_path / "cured", cured=True) == 0
+
+
+@pytest.mark.broker
+async def test_a_recovery_without_the_cure_loses_events(tmp_path: Path) -> None:
+    # It is a race: a busy machine may win it by chance. If it is never lost, the cure is no longer needed, or the
+    # test above proves nothing.
+    for attempt in range(ATTEMPTS):
+        lost = await lost_in_a_recovery(tmp_path / str(attempt), cured=False)
+        if lost:
+            print(f"without the cure {lost} of {BEFORE + WHILE_DOWN} usages were lost")  # noqa: T201
+            return
+    pytest.fail(f"Faust lost nothing without the cure in {ATTEMPTS} recoveries: is it still needed?")
 
 
 async def test_fausts_flush_returns_with_messages_unsent_so_the_stages_await_each_delivery() -> None:
