@@ -124,7 +124,7 @@ _USERS: Final = """<clickhouse>
     <password></password><profile>default</profile><quota>default</quota><networks><ip>::/0</ip></networks>
     <grants>
       <query>GRANT SHOW, SELECT, INSERT, CREATE DATABASE, CREATE TABLE, CREATE VIEW, DROP VIEW, ALTER ADD COLUMN,
-        ALTER ADD INDEX ON {database}.*</query>
+        ALTER ADD INDEX, ALTER ADD PROJECTION ON {database}.*</query>
       <query>GRANT SHOW, SELECT ON system.*</query>
       <query>GRANT SHOW, SELECT ON information_schema.*</query>
     </grants>

@@ -5,7 +5,7 @@ from typing import Annotated, Final
 import typer
 
 from spendfuse import __version__
-from spendfuse.cli import audit, budgets, control, demo, doctor, keys, status, topics, up, usage, worker
+from spendfuse.cli import audit, budgets, control, demo, doctor, keys, report, status, topics, up, usage, worker
 from spendfuse.cli.faults import Commands
 from spendfuse.cli.options import examples
 
@@ -51,4 +51,5 @@ usage.register(app)
 control.register(app)
 keys.register(app)
 audit.register(app)
+report.register(app)
 doctor.register(app)

@@ -24,6 +24,7 @@ _CODES: Final = {
     "spendfuse.adapters.table_mapping.TableError": EXIT_SETTINGS,
     "spendfuse.audit.files.SqlMissingError": EXIT_SETTINGS,
     "spendfuse.audit.migrate.MigrationError": EXIT_FAILED,
+    "spendfuse.audit.reports.ReportError": EXIT_FAILED,
     "spendfuse.audit.trail.TrailError": EXIT_FAILED,
     "spendfuse.demo.stage.DemoError": EXIT_FAILED,
     "spendfuse.pipeline.topics.TopicMismatchError": EXIT_SETTINGS,
