@@ -57,7 +57,7 @@ def copy(table: str, change: str, where: str) -> str:
 def forge_header(database: Database) -> None:
     """Rewrite batch 2 and hash its header anew: the attacker knows how, and forgets the batches after it."""
     columns = (
-        "leaf_version, ledger_partition, seq, first_offset, last_offset, rows, leaf_sum, "
+        "leaf_version, ledger_partition, seq, first_offset, last_offset, rows, usage_rows, leaf_sum, "
         "toUnixTimestamp64Milli(written_at), toUnixTimestamp64Micro(occurred_from), "
         "toUnixTimestamp64Micro(occurred_to), toString(content_sha256), toString(merkle_root), toString(prev_hash)"
     )
@@ -230,7 +230,8 @@ def against_checkpoints(client: object) -> dict[str, object]:
 def of_old(client: object) -> dict[str, object]:
     """Rows that retention took, and a row added to what is left."""
     database = filled(client, "expired", seal_all)
-    run(f"ALTER TABLE usage_events DELETE WHERE {IN_2}", f"ALTER TABLE ledger_events DELETE WHERE {IN_3}")(database)
+    gone = run(f"ALTER TABLE usage_events DELETE WHERE {IN_2}", f"ALTER TABLE ledger_events DELETE WHERE {IN_3}")
+    gone(database)
     early, late = verify(database, now=NOW), verify(database, now=LATER)
     dropped = verify(database, now=NOW, dropped_before=datetime(2025, 4, 1, tzinfo=UTC))
     run(copy("usage_events", "cost_nanos AS cost_nanos", "ledger_partition = 0 AND usage_id = 'call-0-1'"))(database)

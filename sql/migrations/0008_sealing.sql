@@ -15,9 +15,11 @@ ALTER TABLE ${DB}.ledger_events ADD COLUMN IF NOT EXISTS batch_seq UInt64 DEFAUL
 ALTER TABLE ${DB}.ledger_events ADD COLUMN IF NOT EXISTS batch_row UInt32 DEFAULT 0;
 
 -- written_at is the ledger's time of the batch's last message; occurred_* span its usage, 1970 when it has none.
--- leaf_sum tells rows in another order from other rows. The header's hash covers all of it but generation and
+-- usage_rows of its rows are usage, which retention drops before the rest; leaf_sum tells rows in another order from
+-- other rows. The header's hash covers all of it but generation and
 -- inserted_at; prev_hash is the header hash before it: of the first one zeros, or the last unsealed batch's content.
 ALTER TABLE ${DB}.audit_batches ADD COLUMN IF NOT EXISTS leaf_version UInt8 DEFAULT 0;
+ALTER TABLE ${DB}.audit_batches ADD COLUMN IF NOT EXISTS usage_rows UInt32 DEFAULT 0;
 ALTER TABLE ${DB}.audit_batches ADD COLUMN IF NOT EXISTS leaf_sum UInt64 DEFAULT 0;
 ALTER TABLE ${DB}.audit_batches ADD COLUMN IF NOT EXISTS written_at DateTime64(3, 'UTC') DEFAULT toDateTime64(0, 3, 'UTC');
 ALTER TABLE ${DB}.audit_batches ADD COLUMN IF NOT EXISTS occurred_from DateTime64(6, 'UTC') DEFAULT toDateTime64(0, 6, 'UTC');

@@ -2,7 +2,7 @@
 --
 -- Parameters: partition (ledger partition), seq_from, seq_to (batches, both included); expired_before (instant: what
 -- the ledger took before it may be gone), dropped_before (instant: usage of before it was dropped by an entry that says
--- so). Of a batch that has expired in part the rest cannot be checked.
+-- so; of such a batch nothing but usage may be gone). Of a batch that has expired in part the rest cannot be checked.
 -- found, should: rows there are and should be; place: the first place of the tree that is empty, or (inserted) that is
 -- taken twice or lies beyond it.
 WITH
@@ -11,6 +11,7 @@ trees AS (
   SELECT
     batch_seq,
     count() AS found,
+    countIf(kept_in != 'usage_events') AS others,
     uniqExact(batch_row) AS places,
     max(batch_row) AS last_place,
     sum(reinterpretAsUInt64(leaf)) AS found_sum,
@@ -19,7 +20,7 @@ trees AS (
   FROM leaves GROUP BY batch_seq),
 roots AS (
   SELECT
-    batch_seq, found, places, last_place, found_sum,
+    batch_seq, found, others, places, last_place, found_sum,
     arrayFirstIndex((place, nth) -> place != nth - 1, taken, arrayEnumerate(taken)) AS odd,
     if(odd = 0, length(taken), odd - 1) AS gap,
     taken[odd] AS wrong,
@@ -35,7 +36,7 @@ SELECT
     r.found > b.rows OR r.places < r.found OR (r.found > 0 AND r.last_place >= b.rows), 'inserted',
     r.found < b.rows AND (
       b.written_at < {expired_before:DateTime64(3, 'UTC')}
-      OR (b.occurred_to > toDateTime64(0, 6, 'UTC') AND b.occurred_from < {dropped_before:DateTime64(6, 'UTC')})
+      OR (b.occurred_from < {dropped_before:DateTime64(6, 'UTC')} AND r.others + b.usage_rows = b.rows)
     ), 'expired',
     r.found < b.rows AND r.gap = r.found, 'truncated',
     r.found < b.rows, 'deleted',

@@ -8,7 +8,7 @@ linked AS (
   SELECT
     ledger_partition, seq, leaf_version, toString(prev_hash) AS prev, toString(header_hash) AS own,
     lower(hex(SHA256(formatRow('RowBinary', toUInt8(2), leaf_version, ledger_partition, seq, first_offset, last_offset,
-      rows, leaf_sum, toUnixTimestamp64Milli(written_at), toUnixTimestamp64Micro(occurred_from),
+      rows, usage_rows, leaf_sum, toUnixTimestamp64Milli(written_at), toUnixTimestamp64Micro(occurred_from),
       toUnixTimestamp64Micro(occurred_to), toString(content_sha256), toString(merkle_root), toString(prev_hash))))
     ) AS computed,
     lagInFrame(seq, 1, toUInt64(0)) OVER w AS before,

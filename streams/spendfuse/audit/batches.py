@@ -53,6 +53,7 @@ class Seal(WireModel):
 
     leaf_version: Annotated[int, Field(ge=1, le=255)]
     leaf_sum: Number
+    usage_rows: Annotated[int, Field(ge=0)]
     written_at_ms: Number
     occurred_from_us: Number
     occurred_to_us: Number
@@ -120,6 +121,7 @@ class Batch:
             row |= {
                 "leaf_version": sealed.leaf_version,
                 "leaf_sum": sealed.leaf_sum,
+                "usage_rows": sealed.usage_rows,
                 "written_at": sealed.written_at_ms,
                 "occurred_from": sealed.occurred_from_us,
                 "occurred_to": sealed.occurred_to_us,
@@ -280,6 +282,7 @@ def _seal(header: BatchHeader, columns: Sequence[Table], link: str, written_at_m
         first_offset=header.first_offset,
         last_offset=header.last_offset,
         rows=header.rows,
+        usage_rows=len(occurred),
         leaf_sum=seal.leaf_sum(leaves),
         written_at_ms=written_at_ms,
         occurred_from_us=min(occurred, default=0),
@@ -291,6 +294,7 @@ def _seal(header: BatchHeader, columns: Sequence[Table], link: str, written_at_m
     return Seal(
         leaf_version=fields.leaf_version,
         leaf_sum=fields.leaf_sum,
+        usage_rows=fields.usage_rows,
         written_at_ms=fields.written_at_ms,
         occurred_from_us=fields.occurred_from_us,
         occurred_to_us=fields.occurred_to_us,

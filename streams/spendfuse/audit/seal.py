@@ -70,6 +70,7 @@ class HeaderFields(NamedTuple):
     first_offset: int
     last_offset: int
     rows: int
+    usage_rows: int
     leaf_sum: int
     written_at_ms: int
     occurred_from_us: int
@@ -153,13 +154,13 @@ def root_of_path(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> b
 
 def header_hash(fields: HeaderFields) -> str:
     """Return a header's hash in hex: it names the batch, and the next header holds it as `prev_hash`."""
-    numbers = struct.pack("<BBHQQQIQqqq", _HEADER, *fields[:10])
-    return hashlib.sha256(numbers + b"".join(map(_text, fields[10:]))).hexdigest()
+    numbers = struct.pack("<BBHQQQIIQqqq", _HEADER, *fields[:11])
+    return hashlib.sha256(numbers + b"".join(map(_text, fields[11:]))).hexdigest()
 
 
 HEADER_SQL: Final = (
     "SHA256(formatRow('RowBinary', toUInt8(2), leaf_version, ledger_partition, seq, first_offset, last_offset, rows, "
-    "leaf_sum, toUnixTimestamp64Milli(written_at), toUnixTimestamp64Micro(occurred_from), "
+    "usage_rows, leaf_sum, toUnixTimestamp64Milli(written_at), toUnixTimestamp64Micro(occurred_from), "
     "toUnixTimestamp64Micro(occurred_to), toString(content_sha256), toString(merkle_root), toString(prev_hash)))"
 )
 """The same in ClickHouse, of a row of `audit_batches`."""
