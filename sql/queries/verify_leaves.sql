@@ -3,7 +3,7 @@
 -- Parameters: partition (ledger partition), seq_from, seq_to (batches, both included).
 -- A leaf is the SHA-256 of a row's typed columns in RowBinary: 0 (a leaf), its version, the table's name, the columns in
 -- this order; text for enumerations, maps sorted. It is written down in deploy/verifier/README.md, computed alike by
--- spendfuse.audit.seal, and part of verify_batches and prove (as ${LEAVES}).
+-- spendfuse.audit.seal, and put into verify_batches where that says LEAVES.
 SELECT 'usage_events' AS kept_in, ledger_partition, batch_seq, batch_row,
   SHA256(formatRow('RowBinary', toUInt8(0), toUInt8(1), 'usage_events', usage_id, toString(kind), toString(usage_kind), workspace, team, agent, run, root_run, parent_run, workflow, provider, model, tier, currency, price_book, priced_by, source, mapSort(tags), rates, occurred_at, recorded_at, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens, cost_nanos, tier_known, late, src_topic, src_partition, src_offset, src_index, ledger_partition, ledger_offset)) AS leaf
 FROM usage_events
