@@ -26,7 +26,7 @@ def sql_directory() -> Traversable:
 
 
 def query_text(name: str) -> str:
-    """Return the text of `queries/<name>.sql`, a name or `folder/name`; raises SqlMissingError, naming those there are."""
+    """Return the text of `queries/<name>.sql` (or `folder/name`); raises SqlMissingError, naming those there are."""
     *folder, file = name.split("/")
     directory = (sql_directory() / "queries").joinpath(*folder) if _QUERY_NAME.fullmatch(name) else sql_directory()
     path = directory / f"{file}.sql"
