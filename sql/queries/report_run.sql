@@ -1,4 +1,5 @@
 -- What did a run do: tokens by kind, cache hit rate and money on each model? A root run's whole tree; any other run alone.
+-- Asked twice, by root run and by run: with OR, neither index leaves anything out.
 -- Parameters: workspace String ('' = all); run String.
 -- Units: tokens (disjoint counters); cost_nanos in nano-units of currency; cache_hit_bp in 1/10,000 of all input;
 -- context_max in tokens of input, cached or not; times UTC.
@@ -21,8 +22,13 @@ SELECT
     sum(e.input_tokens + e.cache_read_tokens + e.cache_write_5m_tokens + e.cache_write_1h_tokens))) AS cache_hit_bp,
   max(e.input_tokens + e.cache_read_tokens + e.cache_write_5m_tokens + e.cache_write_1h_tokens) AS context_max,
   sum(e.cost_nanos) AS cost_nanos
-FROM usage_events AS e
-WHERE e.kind = 'charge' AND ({workspace:String} = '' OR e.workspace = {workspace:String})
-  AND (e.root_run = {run:String} OR e.run = {run:String})
+FROM (
+  SELECT * FROM usage_events
+  WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND root_run = {run:String}
+  UNION ALL
+  SELECT * FROM usage_events
+  WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND run = {run:String}
+    AND root_run != {run:String}
+) AS e
 GROUP BY workspace, provider, model, tier, currency
 ORDER BY workspace, cost_nanos DESC, provider, model, tier, currency

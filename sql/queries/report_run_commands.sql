@@ -5,7 +5,10 @@
 WITH
 calls AS (
   SELECT usage_id FROM usage_events
-  WHERE ({workspace:String} = '' OR workspace = {workspace:String}) AND (root_run = {run:String} OR run = {run:String})
+  WHERE ({workspace:String} = '' OR workspace = {workspace:String}) AND root_run = {run:String}
+  UNION ALL
+  SELECT usage_id FROM usage_events
+  WHERE ({workspace:String} = '' OR workspace = {workspace:String}) AND run = {run:String}
 ),
 answered AS (
   SELECT command_id, seq, minIf(at, state = 'enforced') AS enforced, countIf(state = 'enforced') AS refusals
