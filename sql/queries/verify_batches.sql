@@ -22,7 +22,7 @@ roots AS (
   SELECT
     batch_seq, found, others, places, last_place, found_sum,
     arrayFirstIndex((place, nth) -> place != nth - 1, taken, arrayEnumerate(taken)) AS odd,
-    if(odd = 0, length(taken), odd - 1) AS gap,
+    if(odd = 0, length(taken), toUInt64(odd - 1)) AS gap,
     taken[odd] AS wrong,
     arrayFold(
       (a, step) -> arrayMap(

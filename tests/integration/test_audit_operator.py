@@ -23,6 +23,9 @@ from clickhouse_connect.driver.exceptions import DatabaseError
 from spendfuse.audit import migrate, operator, rebuild, retention, roles, trail
 from spendfuse.audit.batches import Collector, Message
 from spendfuse.audit.database import Engine, open_embedded
+from spendfuse.audit.reports import Period, read_chargeback
+from spendfuse.audit.rows import Place, entry_row, tables
+from spendfuse.audit.verify import verify
 from spendfuse.cli.app import app
 from spendfuse.client.keys import Signer, Verifier, generate
 from spendfuse.wire.ledger import LedgerBatch
@@ -263,6 +266,50 @@ def test_an_entry_says_who_why_and_what_and_a_changed_one_says_nothing() -> None
     assert operator.read(data.replace("asked", "nudged"), VERIFIER) is None
     for broken in ("", "[]", "{}", '{"statement":1,"signature":2}', '{"statement":"[]","signature":""}'):
         assert operator.read(broken, None) is None
+
+
+def test_what_was_dropped_with_an_entry_is_expired_and_what_was_dropped_without_one_is_not(directory: Path) -> None:
+    with opened(directory, "operator") as database:
+        march = retention.plan(database, 184, FAR)[:1]
+        entry = operator.message("retention", retention.about(database, march, 184), by="ada", reason="yearly", at=FAR,
+                                 signer=SIGNER)  # fmt: skip
+        retention.apply(database, march, 184, FAR)
+    now = datetime(2024, 1, 1, tzinfo=UTC)  # the ledger took them 50 days before
+    with opened(directory) as database:
+        database.command("USE trail")
+        unsaid = verify(database, now=now, dropped_before=retention.dropped_before(database, VERIFIER))
+        assert {finding.cause for finding in unsaid.findings} <= {"deleted", "truncated"}
+        assert unsaid.findings
+        collector = Collector("spendfuse.ledger.v1", 1, 1, 1, {}, 90)
+        assert collector.add(Message(0, 1_700_000_000_000, entry))
+        trail.store(database, collector.seal())
+        said = verify(database, now=now, dropped_before=retention.dropped_before(database, VERIFIER))
+        assert (said.findings, said.expired) == ([], len(unsaid.findings))
+
+
+def test_rows_from_before_the_projection_are_charged_back_like_any_other(tmp_path: Path) -> None:
+    entries = [
+        charge(nth, ts=START + timedelta(minutes=nth), tags={"cost_center": f"cc-{nth % 3}"} if nth % 4 else {})
+        for nth in range(60)
+    ]
+    every = migrate.load_migrations()
+    with opened(tmp_path / "clickhouse") as database:
+        migrate.apply(database, [each for each in every if each.version <= 7])
+        for table in tables(entry_row(entry, Place("t", 0, nth, 0)) for nth, entry in enumerate(entries[:40])):
+            database.insert(table, "the first version's")
+        assert migrate.apply(database)[-1].name == every[-1].name
+        for table in tables(entry_row(entry, Place("t", 0, nth, 0)) for nth, entry in enumerate(entries[40:], 40)):
+            database.insert(table, "this version's")
+        client = database._client
+        client.database = "trail"
+        charged = read_chargeback(client, Period.month("2025-03"), "acme").report.rows
+        expected: dict[tuple[str, str], int] = {}
+        for entry in entries:
+            assert entry.usage is not None
+            assert entry.charge is not None
+            key = (entry.usage.team, entry.usage.tags.get("cost_center", ""))
+            expected[key] = expected.get(key, 0) + entry.charge.cost_nanos
+        assert {(row["team"], row["cost_center"]): row["cost_nanos"] for row in charged} == expected
 
 
 @pytest.fixture
