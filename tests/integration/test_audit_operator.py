@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import subprocess
@@ -18,6 +19,8 @@ from audit_samples import START, charge, message, totals
 pytest.importorskip("chdb", reason="the embedded ClickHouse needs the chdb package")
 pytest.importorskip("clickhouse_connect")
 
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from clickhouse_connect.driver.exceptions import DatabaseError
 
 from spendfuse.audit import migrate, operator, rebuild, retention, roles, trail
@@ -29,6 +32,7 @@ from spendfuse.audit.verify import verify
 from spendfuse.cli.app import app
 from spendfuse.client.keys import Signer, Verifier, generate
 from spendfuse.wire.ledger import LedgerBatch
+from spendfuse.wire.topics import LEDGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
     from spendfuse.audit.batches import Batch
     from spendfuse.audit.database import Database
+    from spendfuse.embedded.tansu import EmbeddedBroker
     from spendfuse.wire.ledger import LedgerEntry
 
 ENTRIES = [charge(nth, ts=START + timedelta(minutes=nth * 31)) for nth in range(400)]
@@ -369,3 +374,46 @@ def test_a_subject_key_is_made_once_and_forgetting_destroys_it_after_the_ledger_
     (home / "other").write_text("no key\n")
     assert run("forget", "other", "--by", "ada", "--reason", "x").exit_code == 64
     assert (home / "other").exists()
+
+
+@pytest.mark.broker
+async def test_what_an_operator_does_is_on_the_ledger_signed_before_it_is_done(
+    tansu: EmbeddedBroker, home: Path
+) -> None:
+    servers = tansu.bootstrap_servers
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    try:
+        if LEDGER.name not in await admin.list_topics():
+            await admin.create_topics([NewTopic(LEDGER.name, 1, 1)])
+    finally:
+        await admin.close()
+    consumer = AIOKafkaConsumer(bootstrap_servers=servers)
+    await consumer.start()
+    try:
+        parts = [TopicPartition(LEDGER.name, each) for each in await partitions(consumer)]
+        consumer.assign(parts)
+        for part, end in (await consumer.end_offsets(parts)).items():
+            consumer.seek(part, end)
+        assert run("subject-key", "--out", "subject.key", "--kid", "2026").exit_code == 0
+        words = ("forget", "subject.key", "--by", "ada", "--reason", "asked to", "-b", servers)
+        away = await asyncio.to_thread(run, *words[:-1], "127.0.0.1:1")
+        assert (away.exit_code, (home / "subject.key").exists()) == (69, True)
+        done = await asyncio.to_thread(run, *words)
+        assert (done.exit_code, (home / "subject.key").exists()) == (0, False), done.stderr
+        async with asyncio.timeout(30):
+            record = await consumer.getone()
+    finally:
+        await consumer.stop()
+    (entry,) = LedgerBatch.model_validate_json(record.value).entries
+    said = operator.read(json.dumps(entry.data), VERIFIER)
+    assert said is not None
+    assert (said["action"], said["kid"], said["by"], said["reason"]) == ("forget", "2026", "ada", "asked to")
+
+
+async def partitions(consumer: AIOKafkaConsumer) -> list[int]:
+    """The ledger's partitions, once the broker has said which there are."""
+    async with asyncio.timeout(30):
+        while not (found := consumer.partitions_for_topic(LEDGER.name)):
+            await consumer.topics()
+    return sorted(found)
