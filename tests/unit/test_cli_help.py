@@ -27,7 +27,8 @@ COMMANDS = {
     "usage import", "halt", "resume", "doctor", "keys new", "audit migrate", "audit run",
     "audit verify", "audit prove", "audit export",
     "audit retention", "audit rebuild", "audit subject-key", "audit forget", "audit roles",
-    "report wallet", "report team", "report agent", "report run", "report workflow", "report models", "report chargeback",
+    "report wallet", "report team", "report agent", "report run", "report workflow", "report models",
+    "report chargeback",
 }  # fmt: skip
 
 
