@@ -46,17 +46,18 @@ class Database:
         self.name = name
         self._client = client
         self._owned = owned
-        self._types: dict[str, list[Any]] = {}
+        self._types: dict[tuple[str, ...], list[Any]] = {}
 
     def insert(self, table: Table, token: str) -> None:
         """Insert the rows of one table; the same token a second time changes nothing, in it or in its views."""
         if not table.rows:
             return
         names = list(table.columns)
-        types = self._types.get(table.name)
+        key = (table.name, *names)  # a batch of the first version, finished by this one, has fewer columns
+        types = self._types.get(key)
         if types is None:  # described once: the tables only ever gain columns
             context = self._client.create_insert_context(table.name, names, self.name)
-            types = self._types[table.name] = list(context.column_types)
+            types = self._types[key] = list(context.column_types)
         self._client.insert(
             table.name,
             [list(column) for column in table.columns.values()],

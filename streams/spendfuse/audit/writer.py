@@ -34,6 +34,8 @@ OPEN_BYTES_MAX: Final = 67_108_864
 RETRY_S_MIN: Final = 0.1
 RETRY_S_MAX: Final = 30.0
 CHECKPOINT_S: Final = 300.0
+CHECKPOINT_SEND_S_MAX: Final = 5.0
+"""A topic that is not there, or a broker that is slow, may not hold the ledger up for longer."""
 REREAD_TIMEOUT_S: Final = 60.0
 POLL_INTERVAL_MS_MAX: Final = 86_400_000
 """A writer that waits for ClickHouse keeps its partitions: another one would have to wait just the same."""
@@ -85,6 +87,7 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
         self._checkpoint_s = checkpoint_s
         self._checkpoint_due_at = 0.0
         self._checked: Sequence[Head] = ()
+        self._note = ""
         self._checkpoints = checkpoints
         self._ledger = ledger
         self._batches = batches
@@ -239,16 +242,24 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
         """Publish a checkpoint of the partitions this writer has, from its own memory and not from the database."""
         self._checkpoint_due_at = asyncio.get_running_loop().time() + self._checkpoint_s
         heads = sorted(lane.head for lane in self._lanes.values() if lane.head.seq)
-        if self._checkpoint is None or not heads or heads == self._checked:
+        if self._checkpoint is None:
             return
         try:
-            note = await asyncio.to_thread(self._checkpoint, heads)
-            await self._producer.send_and_wait(self._checkpoints, note.encode(), key=note.partition("\n")[0].encode())
+            if heads and heads != self._checked:
+                self._note = await asyncio.to_thread(self._checkpoint, heads)
+                self._checked = heads
+                _log.info("checkpoint", partitions=len(heads), batches=sum(head.seq for head in heads))
+            if self._note:
+                key = self._note.partition("\n")[0].encode()
+                sent = self._producer.send_and_wait(self._checkpoints, self._note.encode(), key=key)
+                await asyncio.wait_for(sent, CHECKPOINT_SEND_S_MAX)
+                self._note = ""
         except (KafkaError, OSError) as error:
-            _log.error("a checkpoint was not published; the next one will say as much", error=str(error))
-        else:
-            self._checked = heads
-            _log.info("checkpoint", heads=len(heads), batches=sum(head.seq for head in heads))
+            _log.warning(
+                "a checkpoint was not kept or not published; it is tried again. Does its topic exist "
+                "(spendfuse topics create)?",
+                topic=self._checkpoints, error=str(error) or type(error).__name__,
+            )  # fmt: skip
 
     async def _store(self, epoch: int, batch: Batch) -> None:
         async def insert() -> None:
