@@ -94,7 +94,11 @@ def leaves(table: Table) -> list[bytes]:
             pack = struct.Struct("<" + "".join(_STRUCT[each] for _, each in run)).pack
             parts.append(map(pack, *(table.columns[each] for each, _ in run)))
             run = []
-        if kind:
+        if kind in {"s", "e"}:  # most columns of text repeat a few values
+            values = table.columns[name]
+            known = {value: _text(value) for value in set(values)}
+            parts.append(map(known.__getitem__, values))
+        elif kind:
             parts.append(map(_ENCODE[kind], table.columns[name]))
     sha256 = hashlib.sha256
     return [sha256(b"".join(row)).digest() for row in zip(*parts, strict=True)]
@@ -207,8 +211,6 @@ def _number_or_null(value: int | None) -> bytes:
 
 
 _ENCODE: Final[Mapping[str, Callable[[Any], bytes]]] = {
-    "s": _text,
-    "e": _text,
     "map": _map,
     "i64s": _numbers,
     "i64?": _number_or_null,
