@@ -18,13 +18,14 @@ SUFFIX: Final = "_rebuild"
 _MONTH: Final = re.compile(r"[0-9]{6}")
 _MONTHS: Final = "SELECT DISTINCT toString(toYYYYMM(occurred_at)) FROM {db:Identifier}.usage_events ORDER BY 1"
 _VIEW: Final = "SELECT as_select FROM system.tables WHERE database = {db:String} AND name = {view:String}"
+# By the batch's number and not by offset: on a new broker offsets begin again, and batches do not.
 _OPEN_ROWS: Final = """
 SELECT u.ledger_partition, count() FROM {db:Identifier}.usage_events AS u
 LEFT JOIN (
-  SELECT ledger_partition, max(last_offset) AS last_offset, count() AS batches
+  SELECT ledger_partition, max(seq) AS seq, count() AS batches
   FROM {db:Identifier}.audit_batches GROUP BY ledger_partition
 ) AS b ON b.ledger_partition = u.ledger_partition
-WHERE b.batches = 0 OR u.ledger_offset > b.last_offset
+WHERE b.batches = 0 OR u.batch_seq > b.seq
 GROUP BY u.ledger_partition ORDER BY u.ledger_partition
 """
 _BASE_SUMS: Final = """
