@@ -19,6 +19,7 @@ GROUPS = (
     settings.BrokerSettings,
     settings.IdentitySettings,
     settings.MeterSettings,
+    settings.SubjectSettings,
     settings.GuardSettings,
     settings.WorkerSettings,
     settings.AuditSettings,

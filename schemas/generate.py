@@ -103,6 +103,7 @@ CHANNELS: Final[dict[str, Channel]] = {
     "rollups": Channel(topics.ROLLUPS, ("internal",), ("send", "receive"), "the meter sends, the rollup receives"),
     "ledger": Channel(topics.LEDGER, ("ledger-batch",), ("send", "receive"), "the audit receives"),
     "batches": Channel(topics.BATCHES, ("internal",), ("send", "receive"), "the audit sends and reads again"),
+    "checkpoints": Channel(topics.CHECKPOINTS, ("internal",), ("send",), "auditors receive; a C2SP signed note"),
 }
 
 CLOUDEVENTS_HEADERS: Final[dict[str, Any]] = {

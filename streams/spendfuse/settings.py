@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 PREFIX: Final = "SPENDFUSE_"
 FILE_SUFFIX: Final = "_FILE"
 SECRET_FILE_BYTES_MAX: Final = 65_536
+RETENTION_DAYS_FLOOR: Final = 184
+"""Fewest days the audit's usage is kept: more than six months (EU AI Act, articles 19 and 26(6))."""
+RETENTION_DAYS_MAX: Final = 400
+"""The time to live of the tables: what is older is gone in any case."""
 
 
 class SettingsError(Exception):
@@ -116,6 +120,14 @@ class IdentitySettings(Settings):
     parent_run: str = Field("", description="id of the run that started this one")
 
 
+class SubjectSettings(Settings):
+    """How a person's id is made into a keyed hash before it leaves the process."""
+
+    subject_key: SecretStr = Field(
+        SecretStr(""), description="kid=base64 of the key that hashes person ids (secret; or ..._FILE)"
+    )
+
+
 class ClockSettings(Settings):
     """Which clock: the machine's, or one that runs faster from a start (demos and replays)."""
 
@@ -201,3 +213,19 @@ class AuditSettings(Settings):
     http_token: SecretStr = Field(SecretStr(""), description="password of that endpoint (secret; or ..._FILE)")
     batch_rows_max: Annotated[int, Field(ge=1, le=100_000)] = Field(5_000, description="rows of one insert")
     batch_wait_ms: Annotated[int, Field(ge=10, le=60_000)] = Field(1_000, description="longest a row waits for it")
+    retention_days: Annotated[int, Field(ge=RETENTION_DAYS_FLOOR, le=RETENTION_DAYS_MAX)] = Field(
+        RETENTION_DAYS_MAX, description="days after which `audit retention` drops a month of usage; at least 184"
+    )
+    audit_key: SecretStr = Field(
+        SecretStr(""),
+        description="name=base64 of the Ed25519 private key that signs checkpoints (secret; or ..._FILE); "
+        "an embedded audit without one makes its own",
+    )
+    audit_public_keys: str = Field(
+        "", description="name=base64 of the public keys that `audit verify` checks checkpoints with (or ..._FILE)"
+    )
+    checkpoint_s: Annotated[int, Field(ge=1, le=86_400)] = Field(300, description="seconds between checkpoints")
+    checkpoint_file: str = Field(
+        "",
+        description="file that checkpoints are appended to; checkpoints.notes in the ClickHouse directory when empty",
+    )

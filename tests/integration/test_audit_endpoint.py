@@ -23,6 +23,7 @@ from spendfuse.audit import migrate, queries, readonly, trail  # noqa: E402
 from spendfuse.audit.batches import Collector, Message  # noqa: E402
 from spendfuse.audit.database import Engine, open_embedded  # noqa: E402
 from spendfuse.audit.endpoint import Endpoint  # noqa: E402
+from spendfuse.audit.files import SqlMissingError  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -249,3 +250,98 @@ async def test_it_listens_on_loopback_only(address: Address) -> None:
 
     listening = [each.laddr for each in psutil.Process().net_connections() if each.status == "LISTEN"]
     assert [each.ip for each in listening if each.port == port] == ["127.0.0.1"]
+
+
+HELLO = "SELECT displayName(), version(), revision(), timezone()"
+
+
+async def raw(address: Address, statement: str, params: dict[str, str], **headers: str) -> tuple[int, bytes, str]:
+    """Status, bytes as they came over the wire, and their encoding."""
+    given = {"X-ClickHouse-User": "reader", "X-ClickHouse-Key": TOKEN, **headers}
+    async with (
+        aiohttp.ClientSession(auto_decompress=False) as session,
+        session.post(address.url, data=statement.encode(), headers=given, params=params) as answer,
+    ):
+        return answer.status, await answer.read(), answer.headers.get("Content-Encoding", "")
+
+
+async def test_clickhouse_go_s_greeting_is_answered_byte_for_byte_in_its_framing(address: Address) -> None:
+    version = (await post(address, "SELECT version()"))[2].strip().encode()
+    block = (
+        b"\x01\x00\x02\xff\xff\xff\xff\x00"  # block info: no overflow, bucket -1, end
+        b"\x04\x01"  # four columns of one row, each with a zero for "no custom serialization"
+        b"\x0ddisplayName()\x06String\x00\x12spendfuse-embedded"
+        b"\x09version()\x06String\x00" + bytes([len(version)]) + version +
+        b"\x0arevision()\x06UInt32\x00\x00\x00\x00\x00"
+        b"\x0atimezone()\x06String\x00\x03UTC"
+    )  # fmt: skip
+    go = {"client_protocol_version": "54478", "default_format": "Native"}
+    assert await raw(address, HELLO, go) == (200, block, "")
+    assert await raw(address, f"{HELLO}\nFORMAT Native", go) == (200, block, "")
+    # What follows is read as blocks of revision 0: columns and rows, and each column's name, type and data.
+    assert await raw(address, "SELECT toUInt8(7) AS x", go) == (200, b"\x01\x01\x01x\x05UInt8\x07", "")
+    status, plain, _ = await raw(address, "SELECT displayName(), version(), timezone()", go)
+    assert (status, plain[:2]) == (200, b"\x03\x01")
+
+
+@pytest.mark.parametrize(
+    ("asked", "accepted", "encoding"),
+    [("1", "gzip", "gzip"), ("1", "gzip, deflate, br", "gzip"), ("0", "gzip", ""), ("1", "br", ""), ("", "gzip", "")],
+)
+async def test_an_answer_is_compressed_when_both_header_and_setting_ask_for_it(
+    address: Address, asked: str, accepted: str, encoding: str
+) -> None:
+    import gzip
+
+    params = {"enable_http_compression": asked} if asked else {}
+    status, body, came = await raw(
+        address, "SELECT number FROM numbers(50000)", params, **{"Accept-Encoding": accepted}
+    )
+    assert (status, came) == (200, encoding)
+    plain = gzip.decompress(body) if encoding else body
+    assert plain == b"".join(b"%d\n" % number for number in range(50_000))
+    assert not encoding or len(body) < len(plain)
+
+
+async def test_a_body_that_inflates_beyond_the_limit_is_refused_and_other_codecs_are_named(address: Address) -> None:
+    import gzip
+
+    headers = {"X-ClickHouse-User": "reader", "X-ClickHouse-Key": TOKEN, "Content-Encoding": "gzip"}
+    async with aiohttp.ClientSession() as session:
+        small = gzip.compress(b"SELECT 1")
+        async with session.post(address.url, data=small, headers=headers) as answer:
+            assert (answer.status, await answer.text()) == (200, "1\n")
+        bomb = gzip.compress(b" " * (endpoint_module.BODY_BYTES_MAX * 20))
+        async with session.post(address.url, data=bomb, headers=headers) as answer:
+            assert answer.status == 413
+    for name in ("compress", "decompress"):
+        status, code, text = await post(address, "SELECT 1", params={name: "1"})
+        assert (status, code, "gzip" in text) == (400, "36", True)
+
+
+async def test_the_ordinary_async_client_works_compressed_and_not(address: Address) -> None:
+    from clickhouse_connect import get_async_client
+
+    host, _, port = address.url.removeprefix("http://").partition(":")
+    for compress in (True, False):
+        client = await get_async_client(
+            host=host, port=int(port), username=address.user, password=TOKEN, database=address.database,
+            compress="gzip" if compress else False, autogenerate_session_id=False,
+        )  # fmt: skip
+        try:
+            result = await client.query(queries.load("totals"), parameters={"workspace": "acme"})
+            total = sum(row["cost_nanos"] for row in result.named_results())
+            assert total == sum(values[-1] for values in totals(ENTRIES).values())
+            answers = await asyncio.gather(*(client.query("SELECT {n:UInt8}", {"n": n}) for n in range(8)))
+            assert [answer.result_rows for answer in answers] == [[(n,)] for n in range(8)]
+            with pytest.raises(clickhouse.DatabaseError):
+                await client.command("DROP TABLE usage_events")
+        finally:
+            await client.close()
+
+
+def test_a_query_is_loaded_from_its_folder_and_a_name_never_leads_elsewhere() -> None:
+    assert "spend_1m" in queries.load("grafana/burn_rate")
+    for name in ("../migrations/0001_database", "grafana/../totals", "/etc/passwd", "grafana/", "Totals", "a/b/c", ""):
+        with pytest.raises(SqlMissingError, match=r"grafana/burn_rate, .*totals"):
+            queries.load(name)

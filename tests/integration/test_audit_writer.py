@@ -8,8 +8,10 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,19 +21,23 @@ from audit_samples import COUNTERS, charge, command_entry, halt, message, totals
 pytest.importorskip("chdb", reason="the embedded ClickHouse needs the chdb package")
 pytest.importorskip("clickhouse_connect")
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from spendfuse.audit import migrate, queries, trail
+from spendfuse.audit import headers, migrate, queries, trail
 from spendfuse.audit.address import AuditNotRunningError, read_address
+from spendfuse.audit.batches import BatchHeader, Collector, Message
+from spendfuse.audit.checkpoints import Head, NoteSigner, make_checkpoint, open_note, own_key
 from spendfuse.audit.database import Database, Engine, open_embedded
 from spendfuse.audit.trail import TrailError
+from spendfuse.audit.verify import verify
 from spendfuse.audit.writer import LedgerWriter
-from spendfuse.client.connection import admin_options, producer_options
+from spendfuse.client.connection import admin_options, consumer_options, producer_options
 from spendfuse.embedded.processes import ChildProcess
 from spendfuse.embedded.tansu import EmbeddedBroker
 from spendfuse.settings import AuditSettings, BrokerSettings
-from spendfuse.wire.topics import BATCHES, LEDGER
+from spendfuse.wire.base import encode
+from spendfuse.wire.topics import BATCHES, CHECKPOINTS, LEDGER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -59,11 +65,11 @@ def settings_of(broker: EmbeddedBroker) -> BrokerSettings:
     )
 
 
-async def create(broker: BrokerSettings, ledger: str, batches: str) -> None:
+async def create(broker: BrokerSettings, ledger: str, *single: str) -> None:
     admin = AIOKafkaAdminClient(**admin_options(broker, "test"))
     await admin.start()
     try:
-        await admin.create_topics([NewTopic(ledger, 2, 1), NewTopic(batches, 1, 1)])
+        await admin.create_topics([NewTopic(ledger, 2, 1), *(NewTopic(name, 1, 1) for name in single)])
     finally:
         await admin.close()
 
@@ -112,6 +118,11 @@ async def until(condition: Any, what: str) -> None:
 
 def rows(database: Database, table: str = "usage_events") -> int:
     return int(database.query(f"SELECT count() FROM {{db:Identifier}}.{table}")[0][0])  # noqa: S608
+
+
+def in_batches(database: Database) -> int:
+    """Rows of batches that are whole: their headers come last."""
+    return int(database.query("SELECT sum(rows) FROM {db:Identifier}.audit_batches")[0][0])
 
 
 class Flaky(Database):
@@ -294,6 +305,78 @@ async def test_a_ledger_that_was_created_anew_under_its_headers_is_refused(topic
     assert rows(database) == 5
 
 
+async def read_all(broker: BrokerSettings, topic: str) -> list[bytes]:
+    async with AIOKafkaConsumer(topic, **consumer_options(broker, "test")) as consumer:
+        ends = await consumer.end_offsets(consumer.assignment())
+        found: list[bytes] = []
+        while any([await consumer.position(part) < end for part, end in ends.items()]):
+            for records in (await consumer.getmany(timeout_ms=200)).values():
+                found += [record.value for record in records]
+    return found
+
+
+async def test_a_trail_is_intact_and_its_signed_checkpoints_are_on_their_topic(
+    topics: Topics, database: Flaky, tmp_path: Path
+) -> None:
+    _, values = replayed(300, seed=5)
+    signer = NoteSigner.parse(own_key(tmp_path))
+    topic = f"{topics.ledger}-checkpoints"
+    await create(topics.broker, f"{topics.ledger}-other", topic)
+
+    def note(heads: Sequence[Head]) -> str:
+        return signer.sign(make_checkpoint("spendfuse/test", datetime.now(UTC), heads))
+
+    for part in (values[: len(values) // 2], values[len(values) // 2 :]):  # the second by a writer that took over
+        await topics.send(part)
+        before = rows(database, "audit_batches")
+        async with running(topics.writer(database, checkpoint=note, checkpoint_s=0.2, checkpoints=topic)):
+            await until(lambda before=before: rows(database, "audit_batches") > before + 1, "written")
+    async with running(topics.writer(database)):
+        await until(lambda: in_batches(database) == 300, "written")
+    checkpoints = [open_note(each.decode(), signer.public) for each in await read_all(topics.broker, topic)]
+    assert len(checkpoints) >= 2
+    assert {head.partition for head in checkpoints[-1].heads} == {0, 1}
+    database.command("USE trail")
+    report = verify(database, now=datetime.now(UTC), checkpoints=checkpoints)
+    assert (report.findings, report.rows, report.unsealed_rows) == ([], 300, 0)
+
+
+async def test_a_header_of_the_first_version_is_completed_as_it_was_begun_and_the_chain_goes_on_from_it(
+    topics: Topics, database: Flaky
+) -> None:
+    """The first version was killed after its header and before its rows; the upgrade takes over."""
+    values = [message([charge(nth)]) for nth in range(6)]
+    await topics.send([(0, value) for value in values])
+    old = [Message(offset, 0, value) for offset, value in enumerate(values)][:3]
+    collector = Collector(topics.ledger, 0, 1, 1, {}, 50)
+    assert all(collector.add(each) for each in old)
+    header = BatchHeader.model_validate(collector.seal().header.model_dump() | {"v": 1, "seal": None})
+    assert b"seal" not in encode(header), "as the first version wrote it"
+    async with AIOKafkaProducer(**producer_options(topics.broker, "test")) as producer:
+        await headers.append(producer, topics.batches, header)
+    async with running(topics.writer(database)):
+        await until(lambda: in_batches(database) == 6, "written")
+    database.command("USE trail")
+    report = verify(database, now=datetime.now(UTC))
+    assert (report.findings, report.unsealed_rows, report.rows) == ([], 3, 3)
+    (link,) = database.query("SELECT toString(prev_hash) FROM trail.audit_batches WHERE seq = 2")
+    assert link == (header.content_sha256,)
+
+
+async def test_a_new_broker_begins_its_ledger_anew_and_the_chain_goes_on(topics: Topics, database: Flaky) -> None:
+    """The embedded broker forgets everything when it stops; offsets begin at 0 again, batches do not."""
+    for name in ("first", "second"):
+        each = Topics(topics.broker, f"{topics.ledger}-{name}")
+        await create(each.broker, each.ledger, each.batches)
+        before = in_batches(database)
+        await each.send([(0, message([charge(nth, partition=5 if name == "first" else 6)])) for nth in range(9)])
+        async with running(each.writer(database)):
+            await until(lambda before=before: in_batches(database) == before + 9, "written")
+    database.command("USE trail")
+    report = verify(database, now=datetime.now(UTC))
+    assert (report.findings, report.rows) == ([], 18)
+
+
 def audit_process(directory: Path, broker: BrokerSettings, name: str) -> ChildProcess:
     """`python -m spendfuse.audit`, as an operator starts it."""
     given = {key: str(value) for key, value in broker.model_dump().items() if key != "sasl_password" and value != ""}
@@ -321,12 +404,26 @@ def count(directory: Path) -> int:
         return -1
 
 
+def verdict(directory: Path) -> dict[str, Any]:
+    """What `spendfuse audit verify` says: through the process that has the trail, or of a directory at rest."""
+    done = subprocess.run(
+        [sys.executable, "-m", "spendfuse", "audit", "verify", "--json"],
+        capture_output=True, text=True, timeout=DEADLINE_S, check=False, cwd=directory,
+        env={
+            "PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.defpath,
+            "SPENDFUSE_CHDB_DIR": str(directory / "clickhouse"),
+        },
+    )  # fmt: skip
+    assert done.returncode in {0, 1}, done.stderr
+    return dict(json.loads(done.stdout))
+
+
 async def test_killed_at_any_moment_the_audit_process_ends_up_with_exact_sums(tmp_path: Path) -> None:
     dice = random.Random(7)  # noqa: S311 - the same dice in every run
     everything, values = replayed(3_000, seed=4)
     with EmbeddedBroker(tmp_path / "broker") as broker:
         settings = settings_of(broker)
-        await create(settings, LEDGER.name, BATCHES.name)
+        await create(settings, LEDGER.name, BATCHES.name, CHECKPOINTS.name)
         sending = asyncio.create_task(send(settings, LEDGER.name, values))
         for kill in range(KILLS):
             with audit_process(tmp_path, settings, f"killed-{kill}") as process:
@@ -339,6 +436,7 @@ async def test_killed_at_any_moment_the_audit_process_ends_up_with_exact_sums(tm
         await sending
         with audit_process(tmp_path, settings, "last") as process:
             await until(lambda: count(tmp_path) >= 3_000, "written")
+            alive = await asyncio.to_thread(verdict, tmp_path)
             os.kill(process.pid, signal.SIGTERM)
             await until(lambda: not process.alive, "stopped")
             assert process.returncode == 0, (tmp_path / "last.log").read_text()
@@ -347,6 +445,11 @@ async def test_killed_at_any_moment_the_audit_process_ends_up_with_exact_sums(tm
         read_address(tmp_path / "clickhouse")
     for line in (tmp_path / "last.log").read_text().splitlines():
         assert json.loads(line)["level"] in ("info", "warning"), line
+    stopped = verdict(tmp_path)
+    for report in (alive, stopped):
+        assert (report["intact"], report["findings"], report["unsealed_rows"]) == (True, [], 0)
+    assert stopped["rows"] == 3_000
+    assert stopped["heads"] >= 2, "the last checkpoint has both partitions"
     database = open_embedded(Engine(tmp_path / "clickhouse", "spendfuse"))
     try:
         assert base_and_rollups(database) == [totals(everything)] * 3

@@ -25,6 +25,10 @@ HEAVY = ("faust", "chdb", "clickhouse_connect", "aiokafka", "yaml", "pydantic")
 COMMANDS = {
     "demo", "up", "worker", "topics create", "budgets apply", "budgets check", "budgets list", "status", "usage emit",
     "usage import", "halt", "resume", "doctor", "keys new", "audit migrate", "audit run",
+    "audit verify", "audit prove", "audit export",
+    "audit retention", "audit rebuild", "audit subject-key", "audit forget", "audit roles",
+    "report wallet", "report team", "report agent", "report run", "report workflow", "report models",
+    "report chargeback",
 }  # fmt: skip
 
 

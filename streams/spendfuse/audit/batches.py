@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 from pydantic import Field, ValidationError
 from pydantic_core import from_json, to_json
 
+from spendfuse.audit import seal
 from spendfuse.audit.rows import Place, Row, Table, UnfitError, entry_row, tables, unreadable_row
 from spendfuse.wire.base import Offset, Partition, WireModel, encode
 from spendfuse.wire.ledger import LEDGER_BATCH_MAX, LedgerBatch, LedgerEntry
@@ -39,23 +40,52 @@ class Message(NamedTuple):
     value: bytes | None
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Number = Annotated[int, Field(ge=0, lt=2**64)]
+
+
+class Seal(WireModel):
+    """What proves a batch's rows: the root of their tree, and the chain to the batch before it.
+
+    `header_hash` covers all of it, and of the header what `seal.HeaderFields` names. `written_at_ms` is the ledger's
+    time of the last message, `occurred_*_us` span the usage (0 without any): all follow from the messages.
+    """
+
+    leaf_version: Annotated[int, Field(ge=1, le=255)]
+    leaf_sum: Number
+    usage_rows: Annotated[int, Field(ge=0)]
+    written_at_ms: Number
+    occurred_from_us: Number
+    occurred_to_us: Number
+    merkle_root: Sha256
+    prev_hash: Sha256
+    header_hash: Sha256
+
+
 class BatchHeader(WireModel):
     """What is written before a batch's rows (`batches.v1`, key = ledger partition).
 
     `generation` grows with each owner of the partition: a late word of a former owner never counts.
     `content_sha256` covers topic, partition, seq and every message with its offset.
+    Version 1 has no seal: its rows are unsealed, and stay so when they are inserted again.
     """
 
-    v: Literal[1] = 1
+    v: Literal[1, 2] = 1
     partition: Partition
     generation: Annotated[int, Field(ge=0)]
     seq: Annotated[int, Field(ge=1)]
     first_offset: Offset
     last_offset: Offset
     rows: Annotated[int, Field(ge=0)]
-    content_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    content_sha256: Sha256
     marks_before: dict[str, Mark]
     marks_after: dict[str, Mark]
+    seal: Seal | None = None
+
+    @property
+    def link(self) -> str:
+        """Return the hash that the next header holds: this one's, or the content's of a batch that is not sealed."""
+        return self.seal.header_hash if self.seal else self.content_sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +96,12 @@ class Batch:
     tables: tuple[Table, ...]
 
     def token(self, table: str) -> str:
-        """Return the deduplication token of this batch's insert into a table."""
-        return f"{self.header.content_sha256}:{table}"
+        """Return the deduplication token of this batch's insert into a table: the header's hash.
+
+        ClickHouse remembers tokens for each table, so one serves all of them. Version 1 had the table's name in it.
+        """
+        sealed = self.header.seal
+        return sealed.header_hash if sealed else f"{self.header.content_sha256}:{table}"
 
     @property
     def batch_row(self) -> Table:
@@ -82,6 +116,19 @@ class Batch:
             "rows": header.rows,
             "content_sha256": header.content_sha256,
         }
+        if header.seal is not None:
+            sealed = header.seal
+            row |= {
+                "leaf_version": sealed.leaf_version,
+                "leaf_sum": sealed.leaf_sum,
+                "usage_rows": sealed.usage_rows,
+                "written_at": sealed.written_at_ms,
+                "occurred_from": sealed.occurred_from_us,
+                "occurred_to": sealed.occurred_to_us,
+                "merkle_root": sealed.merkle_root,
+                "prev_hash": sealed.prev_hash,
+                "header_hash": sealed.header_hash,
+            }
         return Table("audit_batches", {name: [value] for name, value in row.items()})
 
 
@@ -108,13 +155,24 @@ class _Decoded:
 class Collector:
     """The open batch of one ledger partition: messages in, sealed batches out."""
 
-    def __init__(self, topic: str, partition: int, generation: int, seq: int, marks: Marks, rows_max: int) -> None:
-        """Start with the number of the next batch and the marks after the last one."""
+    def __init__(
+        self,
+        topic: str,
+        partition: int,
+        generation: int,
+        seq: int,
+        marks: Marks,
+        rows_max: int,
+        *,
+        link: str = seal.GENESIS,
+    ) -> None:
+        """Start with the number of the next batch, and the marks and link after the last one."""
         self.topic = topic
         self.partition = partition
         self.generation = generation
         self.seq = seq
         self.marks: dict[str, Mark] = dict(marks)
+        self.link = link
         self._rows_max = rows_max
         self._open: list[_Decoded] = []
         self._rows = 0
@@ -141,9 +199,10 @@ class Collector:
 
     def seal(self) -> Batch:
         """Return the open batch and begin the next; raises ValueError when nothing was added."""
-        batch = _form(self.topic, self.partition, self.generation, self.seq, self.marks, self._open)
+        batch = _form(self.topic, self.partition, self.generation, self.seq, self.marks, self._open, self.link)
         self.seq += 1
         self.marks = dict(batch.header.marks_after)
+        self.link = batch.header.link
         self._open, self._rows, self.size_bytes = [], 0, 0
         return batch
 
@@ -154,9 +213,16 @@ def form_again(topic: str, header: BatchHeader, messages: Sequence[Message]) -> 
     if not inside:
         raise BatchMismatchError(_mismatch(header, "no message of it is left"))
     decoded = [_decode(message) for message in inside]
-    batch = _form(topic, header.partition, header.generation, header.seq, header.marks_before, decoded)
+    link = header.seal.prev_hash if header.seal else None
+    batch = _form(topic, header.partition, header.generation, header.seq, header.marks_before, decoded, link)
     if batch.header.content_sha256 != header.content_sha256:
         raise BatchMismatchError(_mismatch(header, f"its messages hash to {batch.header.content_sha256[:12]}... now"))
+    if batch.header.link != header.link:
+        raise BatchMismatchError(
+            _mismatch(
+                header, "its rows hash to another root now: it was begun by another version, which must finish it"
+            )
+        )
     return Batch(header, batch.tables)
 
 
@@ -168,7 +234,13 @@ def _mismatch(header: BatchHeader, what: str) -> str:
 
 
 def _form(
-    topic: str, partition: int, generation: int, seq: int, marks_before: Marks, decoded: Sequence[_Decoded]
+    topic: str,
+    partition: int,
+    generation: int,
+    seq: int,
+    marks_before: Marks,
+    decoded: Sequence[_Decoded],
+    link: str | None,
 ) -> Batch:
     if not decoded:
         raise ValueError("a batch has at least one message")
@@ -177,6 +249,8 @@ def _form(
     for item in decoded:
         place = Place(topic, partition, item.message.offset, item.message.timestamp_ms)
         rows += _rows(item.facts, place, marks)
+    for nth, (_, row) in enumerate(rows):
+        row["batch_seq"], row["batch_row"] = (0, 0) if link is None else (seq, nth)
     header = BatchHeader(
         partition=partition,
         generation=generation,
@@ -188,7 +262,46 @@ def _form(
         marks_before=dict(marks_before),
         marks_after=marks,
     )
-    return Batch(header, tables(rows))
+    columns = tables(rows)
+    if link is not None:
+        written_at_ms = max(0, *(item.message.timestamp_ms for item in decoded))
+        header = header.model_copy(update={"v": 2, "seal": _seal(header, columns, link, written_at_ms)})
+    return Batch(header, columns)
+
+
+def _seal(header: BatchHeader, columns: Sequence[Table], link: str, written_at_ms: int) -> Seal:
+    leaves: list[bytes] = [b""] * header.rows
+    for table in columns:
+        for place, leaf in zip(table.columns["batch_row"], seal.leaves(table), strict=True):
+            leaves[place] = leaf
+    occurred = [us for table in columns if table.name == "usage_events" for us in table.columns["occurred_at"]]
+    fields = seal.HeaderFields(
+        leaf_version=seal.LEAF_VERSION,
+        partition=header.partition,
+        seq=header.seq,
+        first_offset=header.first_offset,
+        last_offset=header.last_offset,
+        rows=header.rows,
+        usage_rows=len(occurred),
+        leaf_sum=seal.leaf_sum(leaves),
+        written_at_ms=written_at_ms,
+        occurred_from_us=min(occurred, default=0),
+        occurred_to_us=max(occurred, default=0),
+        content_sha256=header.content_sha256,
+        merkle_root=seal.merkle_root(leaves).hex(),
+        prev_hash=link,
+    )
+    return Seal(
+        leaf_version=fields.leaf_version,
+        leaf_sum=fields.leaf_sum,
+        usage_rows=fields.usage_rows,
+        written_at_ms=fields.written_at_ms,
+        occurred_from_us=fields.occurred_from_us,
+        occurred_to_us=fields.occurred_to_us,
+        merkle_root=fields.merkle_root,
+        prev_hash=fields.prev_hash,
+        header_hash=seal.header_hash(fields),
+    )
 
 
 def _content_sha256(topic: str, partition: int, seq: int, messages: Iterable[Message]) -> str:

@@ -5,13 +5,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 from urllib.parse import unquote, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
 import clickhouse_connect
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
+from spendfuse.audit.roles import grants
 from spendfuse.audit.rows import Table
 from spendfuse.settings import AuditSettings
 
@@ -28,6 +29,7 @@ INSERT_SETTINGS: Final[Mapping[str, int]] = {
 """Sent with every insert: without them a repeated insert is not recognised, in the table or in its views."""
 CONNECT_TIMEOUT_S: Final = 5
 SEND_RECEIVE_TIMEOUT_S: Final = 60
+Rights = Literal["writer", "operator"]
 SCHEMES: Final = {"http": 8123, "https": 8443}
 _DATABASE_NAME: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
@@ -44,17 +46,18 @@ class Database:
         self.name = name
         self._client = client
         self._owned = owned
-        self._types: dict[str, list[Any]] = {}
+        self._types: dict[tuple[str, ...], list[Any]] = {}
 
     def insert(self, table: Table, token: str) -> None:
         """Insert the rows of one table; the same token a second time changes nothing, in it or in its views."""
         if not table.rows:
             return
         names = list(table.columns)
-        types = self._types.get(table.name)
+        key = (table.name, *names)  # a batch of the first version, finished by this one, has fewer columns
+        types = self._types.get(key)
         if types is None:  # described once: the tables only ever gain columns
             context = self._client.create_insert_context(table.name, names, self.name)
-            types = self._types[table.name] = list(context.column_types)
+            types = self._types[key] = list(context.column_types)
         self._client.insert(
             table.name,
             [list(column) for column in table.columns.values()],
@@ -87,6 +90,7 @@ class Engine:
 
     directory: Path
     database: str
+    rights: Rights = "writer"
 
     @property
     def path(self) -> str:
@@ -96,7 +100,7 @@ class Engine:
     @property
     def options(self) -> dict[str, str]:
         """Return the options every handle must be opened with; the first one fixes them for the process."""
-        return {"config-file": str((self.directory / "config.xml").resolve())}
+        return {"config-file": str(self._file("config").resolve())}
 
     @property
     def connection(self) -> str:
@@ -106,11 +110,19 @@ class Engine:
     def prepare(self) -> None:
         """Write the engine's grants: append-only by right, not by promise.
 
-        No DROP TABLE, TRUNCATE, ALTER UPDATE or DELETE; no file, url or other source; migrations may create and add.
+        A writer has no DROP TABLE, TRUNCATE, ALTER UPDATE or DELETE; migrations may create and add. An operator may
+        drop months of usage and replace rollups, and touch nothing else. Nobody has files, urls or other sources.
         """
-        users = self.directory / "users.xml"
-        users.write_text(_USERS.format(database=self.database), encoding="utf-8")
-        (self.directory / "config.xml").write_text(_CONFIG.format(users=escape(str(users.resolve()))), encoding="utf-8")
+        # The process that writes also migrates, and a migrator may do all that a writer may.
+        rights = grants("migrator" if self.rights == "writer" else self.rights, self.database)
+        rights.append("GRANT SHOW, SELECT ON information_schema.*")
+        queries = "\n".join(f"      <query>{escape(each)}</query>" for each in rights)
+        users = self._file("users")
+        users.write_text(_USERS.format(grants=queries), encoding="utf-8")
+        self._file("config").write_text(_CONFIG.format(users=escape(str(users.resolve()))), encoding="utf-8")
+
+    def _file(self, name: str) -> Path:
+        return self.directory / (f"{name}.xml" if self.rights == "writer" else f"{name}-{self.rights}.xml")
 
 
 _CONFIG: Final = """<clickhouse>
@@ -123,10 +135,7 @@ _USERS: Final = """<clickhouse>
   <users><default>
     <password></password><profile>default</profile><quota>default</quota><networks><ip>::/0</ip></networks>
     <grants>
-      <query>GRANT SHOW, SELECT, INSERT, CREATE DATABASE, CREATE TABLE, CREATE VIEW, DROP VIEW, ALTER ADD COLUMN,
-        ALTER ADD INDEX ON {database}.*</query>
-      <query>GRANT SHOW, SELECT ON system.*</query>
-      <query>GRANT SHOW, SELECT ON information_schema.*</query>
+{grants}
     </grants>
   </default></users>
 </clickhouse>

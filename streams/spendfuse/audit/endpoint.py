@@ -1,12 +1,13 @@
 """ClickHouse's HTTP protocol over the embedded engine: loopback only, one read-only user, everything bounded.
 
-The unmodified clickhouse-connect HTTP client works against it (query, binds, streams). Source: ClickHouse HTTP
-interface documentation; what the client sends was read in clickhouse-connect 1.12.
+The unmodified clickhouse-connect HTTP clients, sync and async, work against it (query, binds, streams, gzip). Source:
+ClickHouse HTTP interface documentation; what the clients send was read in clickhouse-connect 1.12 and clickhouse-go.
 """
 
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import hmac
 import json
 import re
@@ -16,7 +17,7 @@ from typing import Final
 
 from aiohttp import web
 
-from spendfuse.audit import readonly
+from spendfuse.audit import native_hello, readonly
 from spendfuse.audit.address import READER, Address
 from spendfuse.audit.database import Engine
 from spendfuse.audit.readonly import Answer, Query, QueryRefusedError
@@ -28,6 +29,7 @@ BODY_BYTES_MAX: Final = 1_048_576
 PARAMETERS_MAX: Final = 1_000
 ANSWER_S_MAX: Final = readonly.QUERY_S_MAX + 5
 SHUTDOWN_S: Final = 2.0
+DISPLAY_NAME: Final = "spendfuse-embedded"
 
 AUTHENTICATION_FAILED: Final = 516
 TOO_MANY_SIMULTANEOUS_QUERIES: Final = 202
@@ -52,6 +54,7 @@ _TRANSPORT: Final = frozenset({
 })  # fmt: skip
 _FORMAT_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}")
 _PARAMETER: Final = "param_"
+_ON: Final = frozenset({"1", "true"})
 
 
 class Endpoint:
@@ -101,9 +104,16 @@ class Endpoint:
             if not query.statement.strip():
                 return web.Response(text="Ok.\n")
             answer = await self._answer(query)
+            if query.is_hello:
+                (version,) = answer.body.decode().split()
+                body = native_hello.hello(DISPLAY_NAME, version, "UTC")
+                answer = dataclasses.replace(answer, body=body, output_format="Native")
         except QueryRefusedError as error:
             return _refusal(error, query_id)
-        return _response(answer, query_id)
+        response = _response(answer, query_id)
+        if query.gzip and "gzip" in request.headers.get("Accept-Encoding", ""):
+            response.enable_compression(web.ContentCoding.gzip)
+        return response
 
     def _authenticate(self, request: web.Request) -> None:
         user, key = request.headers.get("X-ClickHouse-User", ""), request.headers.get("X-ClickHouse-Key", "")
@@ -132,17 +142,26 @@ class Endpoint:
                 raise QueryRefusedError(BAD_ARGUMENTS, "the statement is not UTF-8") from error
         if len(values) > PARAMETERS_MAX:
             raise QueryRefusedError(BAD_ARGUMENTS, f"more than {PARAMETERS_MAX} parameters")
+        if _ON & {values.get("compress", ""), values.get("decompress", "")}:
+            raise QueryRefusedError(
+                BAD_ARGUMENTS, "compress and decompress are not supported here: use gzip, or nothing"
+            )
         output_format = values.get("default_format") or request.headers.get("X-ClickHouse-Format") or "TabSeparated"
         if not _FORMAT_NAME.fullmatch(output_format):
             raise QueryRefusedError(BAD_ARGUMENTS, "the output format is not a name")
+        statement = f"{values.get('query', '')}\n{body}".strip()
+        # clickhouse-go says its protocol's version; any other client wants the ordinary answer.
+        greets = "client_protocol_version" in values and native_hello.is_hello(statement)
         return Query(
-            statement=f"{values.get('query', '')}\n{body}".strip(),
+            statement="SELECT version()" if greets else statement,
             parameters={key[len(_PARAMETER) :]: value for key, value in values.items() if key.startswith(_PARAMETER)},
             settings={
                 key: value for key, value in values.items() if key not in _TRANSPORT and not key.startswith(_PARAMETER)
             },
             database=values.get("database") or request.headers.get("X-ClickHouse-Database") or self._engine.database,
-            output_format=output_format,
+            output_format="TabSeparated" if greets else output_format,
+            is_hello=greets,
+            gzip=values.get("enable_http_compression") in _ON,
         )
 
     async def _answer(self, query: Query) -> Answer:
@@ -185,7 +204,7 @@ def _response(answer: Answer, query_id: str) -> web.Response:
     headers = {
         "Content-Type": "application/octet-stream",
         "X-ClickHouse-Query-Id": query_id,
-        "X-ClickHouse-Server-Display-Name": "spendfuse-embedded",
+        "X-ClickHouse-Server-Display-Name": DISPLAY_NAME,
         "X-ClickHouse-Timezone": "UTC",
         "X-ClickHouse-Format": answer.output_format,
         "X-ClickHouse-Summary": json.dumps(summary),

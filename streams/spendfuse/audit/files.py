@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 _PARENTS_TO_ROOT: Final = 3
-_QUERY_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_QUERY_NAME: Final = re.compile(r"(?:[a-z][a-z0-9_]{0,63}/)?[a-z][a-z0-9_]{0,63}")
 
 
 class SqlMissingError(Exception):
@@ -26,10 +26,18 @@ def sql_directory() -> Traversable:
 
 
 def query_text(name: str) -> str:
-    """Return the text of `queries/<name>.sql`; raises SqlMissingError, naming those there are."""
-    directory = sql_directory() / "queries"
-    path = directory / f"{name}.sql"
+    """Return the text of `queries/<name>.sql` (or `folder/name`); raises SqlMissingError, naming those there are."""
+    *folder, file = name.split("/")
+    directory = (sql_directory() / "queries").joinpath(*folder) if _QUERY_NAME.fullmatch(name) else sql_directory()
+    path = directory / f"{file}.sql"
     if not _QUERY_NAME.fullmatch(name) or not path.is_file():
-        known = sorted(entry.name.removesuffix(".sql") for entry in directory.iterdir() if entry.name.endswith(".sql"))
-        raise SqlMissingError(f"there is no query {name!r}: there are {', '.join(known)}")
+        raise SqlMissingError(f"there is no query {name[:100]!r}: there are {', '.join(_query_names())}")
     return path.read_text(encoding="utf-8")
+
+
+def _query_names() -> list[str]:
+    names = []
+    for entry in (sql_directory() / "queries").iterdir():
+        inside = [(f"{entry.name}/", each) for each in entry.iterdir()] if entry.is_dir() else [("", entry)]
+        names += [folder + each.name.removesuffix(".sql") for folder, each in inside if each.name.endswith(".sql")]
+    return sorted(names)

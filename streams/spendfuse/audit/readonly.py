@@ -74,13 +74,18 @@ class QueryRefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A statement with its parameters (in ClickHouse's escaped text form), settings, database and output format."""
+    """A statement with its parameters (in ClickHouse's escaped text form), settings, database and output format.
+
+    `is_hello` and `gzip` are for who answers: a greeting in clickhouse-go's framing, and a body that may be compressed.
+    """
 
     statement: str
     parameters: Mapping[str, str]
     settings: Mapping[str, str]
     database: str
     output_format: str
+    is_hello: bool = False
+    gzip: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ import asyncio
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -12,9 +13,10 @@ import structlog
 
 from spendfuse.audit import migrate
 from spendfuse.audit.address import Address, remove_address
+from spendfuse.audit.checkpoints import NOTES_FILE, Head, NoteSigner, append_note, make_checkpoint, own_key
 from spendfuse.audit.database import Database, DatabaseUnavailableError, Engine, open_embedded, open_server
 from spendfuse.audit.writer import LedgerWriter
-from spendfuse.settings import AuditSettings, BrokerSettings
+from spendfuse.settings import AuditSettings, BrokerSettings, SettingsError
 
 TOKEN_BYTES: Final = 32
 STOP_GRACE_S: Final = 15.0
@@ -50,6 +52,27 @@ async def run(
         await _serve_and_write(engine, database, broker, audit, stop, ready_file, ready)
     finally:
         await asyncio.to_thread(database.close)
+
+
+def _checkpointer(audit: AuditSettings, database: str) -> Callable[[Sequence[Head]], str] | None:
+    """Return what signs the chains' heads and keeps the note in the file; None without a key."""
+    directory = Path(audit.chdb_dir)
+    key = audit.audit_key.get_secret_value() or ("" if audit.clickhouse_url else own_key(directory))
+    if not key:
+        _log.warning("no checkpoints are signed: set SPENDFUSE_AUDIT_KEY_FILE (make a key with `spendfuse keys new`)")
+        return None
+    try:
+        signer = NoteSigner.parse(key)
+    except ValueError as error:
+        raise SettingsError(f"SPENDFUSE_AUDIT_KEY cannot be used: {error}") from error
+    path = Path(audit.checkpoint_file) if audit.checkpoint_file else directory / NOTES_FILE
+
+    def keep(heads: Sequence[Head]) -> str:
+        note = signer.sign(make_checkpoint(f"spendfuse/{database}", datetime.now(UTC), heads))
+        append_note(path, note)
+        return note
+
+    return keep
 
 
 async def _serve_and_write(
@@ -88,7 +111,14 @@ async def _write(
     ready_file: Path | None,
     ready: Callable[[], None],
 ) -> None:
-    writer = LedgerWriter(broker, database, rows_max=audit.batch_rows_max, wait_ms=audit.batch_wait_ms)
+    writer = LedgerWriter(
+        broker,
+        database,
+        rows_max=audit.batch_rows_max,
+        wait_ms=audit.batch_wait_ms,
+        checkpoint=await asyncio.to_thread(_checkpointer, audit, database.name),
+        checkpoint_s=audit.checkpoint_s,
+    )
     told = False
 
     def tell() -> None:

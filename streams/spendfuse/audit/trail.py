@@ -5,10 +5,15 @@ from typing import Final
 
 from spendfuse.audit.batches import Batch, BatchHeader
 from spendfuse.audit.database import Database
+from spendfuse.audit.seal import GENESIS
 
 _ROW_TABLES: Final = ("usage_events", "commands", "acks", "alerts", "ledger_events")
 _LAST_SEQ: Final = """
 SELECT max(seq), count() FROM {db:Identifier}.audit_batches WHERE ledger_partition = {partition:UInt16}
+"""
+_LAST_LINK: Final = """
+SELECT if(leaf_version = 0, content_sha256, header_hash) FROM {db:Identifier}.audit_batches
+WHERE ledger_partition = {partition:UInt16} ORDER BY seq DESC LIMIT 1
 """
 _HAS_ROWS: Final = """
 SELECT count() FROM (
@@ -25,13 +30,14 @@ class TrailError(Exception):
 class Start:
     """Where a partition's batches go on: from a header's end, or from the ledger's beginning when there is none.
 
-    `repeat` is the header whose batch is inserted once more before that.
+    `repeat` is the header whose batch is inserted once more before that, `link` the hash that the next one holds.
     """
 
     generation: int
     seq: int
     repeat: BatchHeader | None
     note: str = ""
+    link: str = GENESIS
 
 
 def store(database: Database, batch: Batch) -> None:
@@ -46,6 +52,15 @@ def last_seq(database: Database, partition: int) -> int | None:
     """Return the number of the last batch the database has of a ledger partition; None when it has none."""
     ((seq, count),) = database.query(_LAST_SEQ, {"partition": partition})
     return int(seq) if count else None
+
+
+def last_link(database: Database, partition: int) -> str:
+    """Return the hash that the header after the last batch holds; zeros when there is no batch."""
+    found = database.query(_LAST_LINK, {"partition": partition})
+    if not found:
+        return GENESIS
+    link = found[0][0]
+    return link.decode() if isinstance(link, bytes) else str(link)
 
 
 def has_rows(database: Database, partition: int) -> bool:
@@ -67,7 +82,8 @@ def where_to_start(database: Database, partition: int, header: BatchHeader | Non
                 f"ledger partition {partition}: the database has {known} batches and the topic of batch headers has "
                 "none. Was the topic deleted? Point the audit at a new, empty database: it is filled from the ledger"
             )
-        return Start(1, known + 1, None, "the broker is new: batches go on from the beginning of its ledger")
+        note = "the broker is new: batches go on from the beginning of its ledger"
+        return Start(1, known + 1, None, note, last_link(database, partition))
     if known is None and header.seq > 1:
         if has_rows(database, partition):
             raise TrailError(
@@ -80,4 +96,4 @@ def where_to_start(database: Database, partition: int, header: BatchHeader | Non
             f"ledger partition {partition}: the last batch header is {header.seq}, the database's last batch is "
             f"{known or 0}. Was one of them restored from a backup? Point the audit at a new, empty database"
         )
-    return Start(header.generation + 1, header.seq + 1, header)
+    return Start(header.generation + 1, header.seq + 1, header, link=header.link)

@@ -7,7 +7,7 @@ nothing when the rows were in, and completes them when some were not.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Final
 
 import structlog
@@ -18,11 +18,12 @@ from aiokafka.structs import ConsumerRecord
 
 from spendfuse.audit import headers, trail
 from spendfuse.audit.batches import Batch, BatchHeader, BatchMismatchError, Collector, Message, form_again
+from spendfuse.audit.checkpoints import Head
 from spendfuse.audit.database import Database
 from spendfuse.audit.trail import TrailError
 from spendfuse.client.connection import admin_options, consumer_options, producer_options
 from spendfuse.settings import BrokerSettings
-from spendfuse.wire.topics import BATCHES, LEDGER
+from spendfuse.wire.topics import BATCHES, CHECKPOINTS, LEDGER
 
 GROUP: Final = "spendfuse-audit"
 CLIENT_ID: Final = "spendfuse-audit"
@@ -32,6 +33,9 @@ OPEN_BYTES_MAX: Final = 67_108_864
 """Most bytes of ledger messages in all open batches together; beyond it they are written at once."""
 RETRY_S_MIN: Final = 0.1
 RETRY_S_MAX: Final = 30.0
+CHECKPOINT_S: Final = 300.0
+CHECKPOINT_SEND_S_MAX: Final = 5.0
+"""A topic that is not there, or a broker that is slow, may not hold the ledger up for longer."""
 REREAD_TIMEOUT_S: Final = 60.0
 POLL_INTERVAL_MS_MAX: Final = 86_400_000
 """A writer that waits for ClickHouse keeps its partitions: another one would have to wait just the same."""
@@ -48,12 +52,13 @@ class _StoppedError(Exception):
 
 
 class _Lane:
-    """One assigned ledger partition: its open batch, and since when it is open."""
+    """One assigned ledger partition: its open batch, since when it is open, and the last batch that is in."""
 
     def __init__(self, collector: Collector, epoch: int) -> None:
         self.collector = collector
         self.epoch = epoch
         self.due_at = 0.0
+        self.head = Head(collector.partition, collector.seq - 1, collector.link)
 
 
 class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
@@ -66,14 +71,24 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
         *,
         rows_max: int,
         wait_ms: int,
+        checkpoint: Callable[[Sequence[Head]], str] | None = None,
+        checkpoint_s: float = CHECKPOINT_S,
         ledger: str = LEDGER.name,
         batches: str = BATCHES.name,
+        checkpoints: str = CHECKPOINTS.name,
         group: str = GROUP,
     ) -> None:
+        """Take the settings; `checkpoint` keeps a signed note of some heads and returns it, to be sent as well."""
         self._broker = broker
         self._database = database
         self._rows_max = rows_max
         self._wait_s = wait_ms / 1_000
+        self._checkpoint = checkpoint
+        self._checkpoint_s = checkpoint_s
+        self._checkpoint_due_at = 0.0
+        self._checked: Sequence[Head] = ()
+        self._note = ""
+        self._checkpoints = checkpoints
         self._ledger = ledger
         self._batches = batches
         self._group = group
@@ -163,6 +178,8 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
                 if await self._take_over():
                     ready()
                 await self._round()
+                if asyncio.get_running_loop().time() >= self._checkpoint_due_at:
+                    await self._say_where()
             except (_PartitionLostError, IllegalStateError):
                 _log.info("a rebalance took a ledger partition away")
             except _StoppedError:
@@ -170,6 +187,7 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
         for part in list(self._lanes):
             with contextlib.suppress(_PartitionLostError, _StoppedError, IllegalStateError):
                 await self._write(part)
+        await self._say_where()
 
     async def _round(self) -> None:
         """Read once, and write each partition whose batch is full or has waited long enough."""
@@ -217,7 +235,31 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
             self._check(lane.epoch)
             await headers.append(self._producer, self._batches, batch.header)
         await self._store(lane.epoch, batch)
+        lane.head = Head(batch.header.partition, batch.header.seq, batch.header.link)
         await self._commit(part, batch.header)
+
+    async def _say_where(self) -> None:
+        """Publish a checkpoint of the partitions this writer has, from its own memory and not from the database."""
+        self._checkpoint_due_at = asyncio.get_running_loop().time() + self._checkpoint_s
+        heads = sorted(lane.head for lane in self._lanes.values() if lane.head.seq)
+        if self._checkpoint is None:
+            return
+        try:
+            if heads and heads != self._checked:
+                self._note = await asyncio.to_thread(self._checkpoint, heads)
+                self._checked = heads
+                _log.info("checkpoint", partitions=len(heads), batches=sum(head.seq for head in heads))
+            if self._note:
+                key = self._note.partition("\n")[0].encode()
+                sent = self._producer.send_and_wait(self._checkpoints, self._note.encode(), key=key)
+                await asyncio.wait_for(sent, CHECKPOINT_SEND_S_MAX)
+                self._note = ""
+        except (KafkaError, OSError) as error:
+            _log.warning(
+                "a checkpoint was not kept or not published; it is tried again. Does its topic exist "
+                "(spendfuse topics create)?",
+                topic=self._checkpoints, error=str(error) or type(error).__name__,
+            )  # fmt: skip
 
     async def _store(self, epoch: int, batch: Batch) -> None:
         async def insert() -> None:
@@ -256,7 +298,9 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
                 await self._repeat(epoch, part, start.repeat)
             marks = start.repeat.marks_after if start.repeat else {}
             self._check(epoch)
-            collector = Collector(self._ledger, part.partition, start.generation, start.seq, marks, self._rows_max)
+            collector = Collector(
+                self._ledger, part.partition, start.generation, start.seq, marks, self._rows_max, link=start.link
+            )
             self._lanes[part] = _Lane(collector, epoch)
         return True
 

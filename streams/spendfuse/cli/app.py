@@ -5,7 +5,21 @@ from typing import Annotated, Final
 import typer
 
 from spendfuse import __version__
-from spendfuse.cli import audit, budgets, control, demo, doctor, keys, status, topics, up, usage, worker
+from spendfuse.cli import (
+    audit,
+    audit_admin,
+    budgets,
+    control,
+    demo,
+    doctor,
+    keys,
+    report,
+    status,
+    topics,
+    up,
+    usage,
+    worker,
+)
 from spendfuse.cli.faults import Commands
 from spendfuse.cli.options import examples
 
@@ -51,4 +65,6 @@ usage.register(app)
 control.register(app)
 keys.register(app)
 audit.register(app)
+audit_admin.register(app)
+report.register(app)
 doctor.register(app)

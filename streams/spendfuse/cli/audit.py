@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from spendfuse.cli import audit_proof
 from spendfuse.cli.options import STATE_DIR, Json, Servers, StateDir, command, examples
 
 audit = typer.Typer(
     help="The trail in ClickHouse.",
     no_args_is_help=True,
-    epilog=examples("spendfuse audit migrate", "spendfuse audit run"),
+    epilog=examples("spendfuse audit migrate", "spendfuse audit run", "spendfuse audit verify"),
 )
 
 
@@ -28,6 +29,7 @@ def register(app: typer.Typer) -> None:
         "spendfuse audit run",
         "SPENDFUSE_CLICKHOUSE_URL=http://audit@127.0.0.1:8123/spendfuse spendfuse audit run",
     )
+    audit_proof.register(audit)
     app.add_typer(audit, name="audit")
 
 

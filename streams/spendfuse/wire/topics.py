@@ -85,8 +85,12 @@ BATCHES: Final = Topic(
     "spendfuse.batches.v1", "ledger partition", 1, "compact", FOREVER,
     "headers of the audit's batches, written before their rows",
 )  # fmt: skip
+CHECKPOINTS: Final = Topic(
+    "spendfuse.checkpoints.v1", "origin", 1, "delete", FOREVER,
+    "signed notes that say where the audit's chains stood",
+)  # fmt: skip
 
 TOPICS: Final[tuple[Topic, ...]] = (
     USAGE, PACKED, DEAD_LETTERS, BUDGETS, PRICES, COMMANDS,
-    HEARTBEATS, ACKS, ALERTS, ROLLUPS, LEDGER, BATCHES,
+    HEARTBEATS, ACKS, ALERTS, ROLLUPS, LEDGER, BATCHES, CHECKPOINTS,
 )  # fmt: skip

@@ -1,0 +1,285 @@
+"""What the audit's database does on this machine: writing, verifying, and every report and panel over many rows.
+
+    python tests/bench/audit.py [--rows 10000000] [--stored 100000] [--times 20] [--json]
+
+Embedded ClickHouse in a directory that is deleted afterwards. First ledger messages go the whole way of the writer
+(read, sealed, inserted with all rollups) and are verified; then rows are made by SQL, and each question is asked over
+HTTP by the ordinary client, as `spendfuse report` and Grafana do. p95 is the nearest rank over `--times` answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import resource
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from spendfuse.audit import migrate, queries, trail
+from spendfuse.audit.batches import Collector, Message
+from spendfuse.audit.database import INSERT_SETTINGS, Database, Engine, open_embedded
+from spendfuse.audit.endpoint import Endpoint
+from spendfuse.audit.reports import Period, read, read_chargeback, read_run
+from spendfuse.grafana import ALL, expand, panels
+from spendfuse.wire.base import encode, to_us
+from spendfuse.wire.control import Ack, Cause, Command, CommandWindow, Measure
+from spendfuse.wire.ledger import Charge, LedgerBatch, LedgerEntry
+from spendfuse.wire.usage import Tokens, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+END: Final = datetime(2026, 11, 1, tzinfo=UTC)
+DAYS: Final = 61
+CHUNK: Final = 1_000_000
+BATCH: Final = 5_000
+PER_MESSAGE: Final = 100
+AGENTS: Final = 1_000
+TURNS: Final = 400
+ACTIVE: Final = 200
+MERGES_S_MAX: Final = 300.0
+MONTH: Final = Period.month("2026-10")
+RUN: Final = "run-1017"
+HALTS: Final = 300
+
+SETTINGS: Final = ", ".join(f"{name} = {value}" for name, value in INSERT_SETTINGS.items())
+FIRST_US: Final = to_us(END - timedelta(days=DAYS))
+FILL: Final = f"""
+INSERT INTO spendfuse.usage_events (usage_id, occurred_at, recorded_at, kind, usage_kind, workspace, team, agent, run,
+  root_run, parent_run, workflow, provider, model, tier, input_tokens, cache_read_tokens, cache_write_5m_tokens,
+  cache_write_1h_tokens, output_tokens, reasoning_tokens, cost_nanos, currency, price_book, priced_by, tier_known,
+  rates, late, source, tags, src_topic, src_partition, src_offset, src_index, ledger_partition, ledger_offset)
+SETTINGS insert_deduplication_token = '{{token}}', {SETTINGS}
+WITH
+  number % {ACTIVE} + intDiv(number, {ACTIVE * TURNS}) * {ACTIVE} AS run_number,
+  intDiv(number, {ACTIVE}) % {TURNS} AS turn,
+  run_number % {AGENTS} AS agent_number,
+  cityHash64(number) AS dice,
+  toUInt64(dice % 1500) AS fresh, toUInt64(turn * 350) AS cached, toUInt64(dice % 700) AS written,
+  toUInt64(50 + dice % 900) AS out
+SELECT lower(hex(SHA1(toString(number)))),
+  fromUnixTimestamp64Micro(toInt64({FIRST_US} + intDiv(number * {DAYS * 86_400_000}, {{rows}}) * 1000)) AS happened_at,
+  happened_at, 'charge', 'finished', 'acme', concat('team-', toString(agent_number % 20)),
+  concat('agent-', toString(agent_number)), concat('run-', toString(run_number)) AS named, named, '',
+  concat('workflow-', toString(agent_number % 30)), 'anthropic',
+  ['claude-opus-4-6', 'claude-sonnet-4-6', 'claude-haiku-4-5', 'gpt-5', 'gemini-3'][1 + agent_number % 5], 'standard',
+  fresh, cached, written, 0, out, intDiv(out, 3),
+  toInt64(fresh * 3000 + cached * 300 + written * 3750 + out * 15000), 'USD', 'bench-1', 'book', 1,
+  [3000000000, 300000000, 3750000000, 6000000000, 15000000000], 0, 'bench',
+  map('cost_center', concat('cc-', toString(agent_number % 40)), 'env', 'prod'),
+  'spendfuse.usage.v1', number % 4, intDiv(number, 4), 0, number % 4, 1000000 + intDiv(number, 4)
+FROM numbers({{start}}, {{count}})
+"""  # noqa: S608 - constants of this file
+
+
+def say(text: str) -> None:
+    """Write progress."""
+    sys.stderr.write(f"\r\033[K{text}")
+    sys.stderr.flush()
+
+
+def charges(count: int) -> Iterator[LedgerEntry]:
+    """Yield charges of many agents."""
+    charge = Charge(
+        cost_nanos=36_450_000, currency="USD", price_book="bench-1", priced_by="book", rates=[3_000_000_000] * 5
+    )
+    start = END - timedelta(days=1)
+    for nth in range(count):
+        at = start + timedelta(milliseconds=nth * 50)
+        usage = Usage(
+            id=f"stored-{nth}", ts=at, workspace="stored", team=f"team-{nth % 20}", agent=f"agent-{nth % AGENTS}",
+            run=f"run-{nth % AGENTS}", provider="anthropic", model="claude-sonnet-4-6", workflow="stored",
+            tokens=Tokens(input=nth % 1_500, cache_read=17_000, cache_write_5m=1_000, output=800),
+            tags={"cost_center": f"cc-{nth % 40}"},
+        )  # fmt: skip
+        yield LedgerEntry(
+            kind="charge", topic="spendfuse.usage.v1", partition=0, offset=nth, at=at, usage=usage, charge=charge
+        )
+
+
+def halts() -> Iterator[LedgerEntry]:
+    """Yield halts of agents' daily caps over the last month, each obeyed."""
+    for nth in range(HALTS):
+        at = END - timedelta(hours=nth * 2 + 1)
+        scope = f"agent:acme/team-{nth % 20}/agent-{nth}"
+        day = at.replace(hour=0)
+        command = Command(
+            id=f"{nth:032x}", seq=nth + 1, action="halt", scope=scope, budget="agents", cap="daily", budget_version=1,
+            issued_at=at, expires_at=day + timedelta(days=1), message="over its cap",
+            window=CommandWindow(kind="day", label="day", timezone="UTC", start=day, end=day + timedelta(days=1)),
+            measure=Measure(unit="nano-USD", cap=10**9, spend=2 * 10**9, committed=2 * 10**9, fraction=20_000),
+            cause=Cause(usage_id=f"cause-{nth}", ts=at, partition=0, offset=nth),
+        )  # fmt: skip
+        yield LedgerEntry(
+            kind="command", topic="spendfuse.commands.v1", partition=0, offset=nth, at=at, command=command
+        )  # fmt: skip
+        ack = Ack(
+            command_id=command.id, seq=command.seq, scope=scope, budget="agents", cap="daily", agent=scope,
+            guard=f"guard-{nth}", state="enforced", at=at + timedelta(milliseconds=40), halt_lag_us=40_000,
+        )  # fmt: skip
+        yield LedgerEntry(kind="ack", topic="spendfuse.acks.v1", partition=0, offset=nth, at=at, ack=ack)
+
+
+def stored(database: Database, count: int) -> dict[str, float]:
+    """Return rows a second of the whole way of the writer, and of the inserts in it alone."""
+    messages: list[Message] = []
+    pending: list[LedgerEntry] = []
+    for entry in (*halts(), *charges(count)):
+        pending.append(entry)
+        if len(pending) == PER_MESSAGE:
+            messages.append(Message(len(messages), to_us(END) // 1_000, encode(LedgerBatch(entries=pending))))
+            pending = []
+    collector = Collector("spendfuse.ledger.v1", 0, 1, 1, {}, BATCH)
+    inserting = 0.0
+    began = time.perf_counter()
+    for nth, message in enumerate(messages):
+        if not collector.add(message) or nth == len(messages) - 1:
+            batch = collector.seal()
+            before = time.perf_counter()
+            trail.store(database, batch)
+            inserting += time.perf_counter() - before
+            say(f"stored {nth * PER_MESSAGE:,} of {count:,} rows")
+            collector.add(message)
+    took = time.perf_counter() - began
+    ((rows,),) = database.query("SELECT count() FROM spendfuse.usage_events")
+    return {"rows": rows, "rows_per_s": rows / took, "insert_rows_per_s": rows / inserting}
+
+
+def verified(database: Database) -> float:
+    """Return rows a second of `audit verify` over what was stored; raises SystemExit if it is not intact."""
+    from spendfuse.audit.verify import verify
+
+    began = time.perf_counter()
+    report = verify(database, now=END)
+    took = time.perf_counter() - began
+    if report.findings:
+        raise SystemExit(f"what was just stored is not intact: {report.findings[0]}")
+    return report.rows / took
+
+
+def fill(database: Database, rows: int) -> float:
+    """Make rows by SQL, with all rollups, and return rows a second."""
+    began = time.perf_counter()
+    for start in range(0, rows, CHUNK):
+        count = min(CHUNK, rows - start)
+        database.command(FILL.format(token=f"fill-{start}", start=start, count=count, rows=rows))
+        say(f"filled {start + count:,} of {rows:,} rows")
+    took = time.perf_counter() - began
+    deadline = time.monotonic() + MERGES_S_MAX
+    while time.monotonic() < deadline and database.query("SELECT count() FROM system.merges")[0][0]:
+        say("waiting for merges")
+        time.sleep(0.2)
+    return rows / took
+
+
+def sizes(database: Database) -> dict[str, tuple[int, float]]:
+    """Return rows and bytes a row on disk of each table that has rows."""
+    found = database.query(
+        "SELECT table, sum(rows), sum(bytes_on_disk) FROM system.parts WHERE active AND database = {db:String} "
+        "GROUP BY table"
+    )
+    return {table: (int(rows), int(size) / int(rows)) for table, rows, size in sorted(found) if rows > 1}
+
+
+def questions() -> dict[str, Callable[[Any], Any]]:
+    """Return each question by its name: a report, or a panel over its last 24 hours and 30 days."""
+    asked: dict[str, Callable[[Any], Any]] = {
+        f"report {name}": lambda client, name=name: read(client, name, MONTH, "acme")
+        for name in ("wallet", "team", "workflow", "models")
+    }
+    asked["report agent"] = lambda client: read(client, "agent", MONTH, "acme", team="")
+    asked["report chargeback"] = lambda client: read_chargeback(client, MONTH, "acme")
+    asked["report run"] = lambda client: read_run(client, RUN, "acme")
+    choice = {"workspace": "acme", "team": ALL, "agent": [ALL]}
+    for panel in panels():
+        for span, hours in (("24 h", 24), ("30 d", 720)):
+            sql = expand(panel.sql, from_us=to_us(END - timedelta(hours=hours)), to_us=to_us(END) - 1, variables=choice)
+            asked[f"panel {panel.query}, {span}"] = lambda client, sql=sql: client.query(sql)
+    return asked
+
+
+def measured(client: Any, times: int) -> dict[str, dict[str, float]]:
+    """Return p50 and p95 of each question, in milliseconds; the first answer of each is not counted."""
+    found = {}
+    for name, ask in questions().items():
+        say(name)
+        ask(client)
+        took = []
+        for _ in range(times):
+            began = time.perf_counter()
+            ask(client)
+            took.append((time.perf_counter() - began) * 1_000)
+        took.sort()
+        found[name] = {"p50_ms": took[(len(took) - 1) // 2], "p95_ms": took[-(-len(took) * 95 // 100) - 1]}
+    return found
+
+
+async def asked(engine: Engine, times: int) -> dict[str, dict[str, float]]:
+    """Ask over HTTP."""
+    endpoint = Endpoint(engine, "bench", 0)
+    address = await endpoint.start()
+
+    def ask() -> dict[str, dict[str, float]]:
+        with queries.connect_to(address) as client:
+            return measured(client, times)
+
+    try:
+        return await asyncio.to_thread(ask)
+    finally:
+        await endpoint.stop()
+
+
+def run(directory: Path, rows: int, count: int, times: int) -> dict[str, Any]:
+    """Return every figure."""
+    engine = Engine(directory, "spendfuse")
+    database = open_embedded(engine)
+    try:
+        migrate.apply(database)
+        database.command("USE spendfuse")
+        found: dict[str, Any] = {"rows": rows, "stored": stored(database, count)}
+        found["verify_rows_per_s"] = verified(database)
+        found["fill_rows_per_s"] = fill(database, rows)
+        found["tables"] = sizes(database)
+        found["questions"] = asyncio.run(asked(engine, times))
+    finally:
+        database.close()
+    found["memory_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
+        1_024 if sys.platform == "linux" else 1_048_576
+    )
+    return found
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--stored", type=int, default=100_000)
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="spendfuse-bench-") as directory:
+        found = run(Path(directory), given.rows, given.stored, given.times)
+    say("")
+    if given.json:
+        print(json.dumps(found, indent=1))
+        return
+    way = found["stored"]
+    print(f"written as the audit writes, {way['rows']:,} rows: {way['rows_per_s']:,.0f} rows/s")
+    print(f"  the inserts alone, with rollups: {way['insert_rows_per_s']:,.0f} rows/s")
+    print(f"verified: {found['verify_rows_per_s']:,.0f} rows/s")
+    print(f"filled by SQL, with rollups, {found['rows']:,} rows: {found['fill_rows_per_s']:,.0f} rows/s")
+    for table, (rows, size) in found["tables"].items():
+        print(f"  {table:20} {rows:>12,} rows {size:8.1f} bytes/row")
+    print(f"{'question':42} {'p50 ms':>8} {'p95 ms':>8}")
+    for name, took in found["questions"].items():
+        print(f"{name:42} {took['p50_ms']:8.1f} {took['p95_ms']:8.1f}")
+    print(f"memory at its peak, engine and client in one process: {found['memory_peak_mib']:,} MiB")
+
+
+if __name__ == "__main__":
+    main()
