@@ -179,7 +179,14 @@ class WorkerSettings(Settings):
         SecretStr(""),
         description="kid=base64 of the Ed25519 private key that signs commands (secret; or ..._FILE)",
     )
+    public_keys: str = Field(
+        "",
+        description="further keys whose commands are genuine, as guards have them: operators', and one being retired",
+    )
     unsigned_commands: bool = Field(False, description="publish commands unsigned: development only")
+    violation_grace_s: Annotated[float, Field(ge=0, le=86_400)] = Field(
+        60.0, description="a call that ends later than this after a halt of its scope is a violation"
+    )
     data_dir: str = Field(".spendfuse/worker", description="the worker's own files")
 
 

@@ -96,6 +96,11 @@ class Verifier:
         """Return the ids of the keys, retired ones too."""
         return tuple(self._public)
 
+    @property
+    def retiring(self) -> frozenset[str]:
+        """Return the ids of the keys that have an end, past or to come."""
+        return frozenset(self._until_us)
+
     def verify(self, topic: str, key: bytes, value: bytes, header: bytes | None) -> str:
         """Return the id of the key that signed exactly these bytes; raise BadSignature with the reason."""
         if header is None:

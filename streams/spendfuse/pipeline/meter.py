@@ -21,6 +21,7 @@ from spendfuse.pipeline.intake import reason
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord, Table
 from spendfuse.pipeline.routing import split_state_key, state_key
+from spendfuse.pipeline.violations import Violations
 from spendfuse.wire.base import from_us
 from spendfuse.wire.control import Command
 from spendfuse.wire.ledger import LedgerEntry
@@ -76,6 +77,7 @@ class MeterStage:
         feed: PolicyFeed,
         clock: Clock,
         generation: Callable[[], int],
+        violations: Violations,
     ) -> None:
         """Take the ports; `generation` changes whenever partitions are assigned anew."""
         self.counters = Counters()
@@ -84,6 +86,7 @@ class MeterStage:
         self._feed = feed
         self._clock = clock
         self._generation = generation
+        self._violations = violations
         self._current = generation()
         self._partitions: dict[int, _Pending] = {}
         self._unacked: list[SourceRecord] = []
@@ -117,6 +120,8 @@ class MeterStage:
         deliveries = await self._publisher.effects(outcome.effects)
         entries = outcome.entries + _decisions(outcome.effects.shadow, record, now_us)
         deliveries += await self._publisher.ledger(record.partition, f"{record.partition}/{record.offset}", entries)
+        for alert in self._violations.on_charges(outcome.entries, now_us):
+            deliveries.append(await self._publisher.alert(alert))
         return deliveries
 
     async def flush(self) -> None:

@@ -7,6 +7,7 @@ from spendfuse.client.keys import Signer
 from spendfuse.engine.decide import Effects
 from spendfuse.pipeline.intake import REASON_CHARS_MAX, Round
 from spendfuse.pipeline.records import Delivery, Headers, Outbox, SourceRecord
+from spendfuse.pipeline.register import Kept
 from spendfuse.pipeline.routing import partition_of
 from spendfuse.wire.base import from_us
 from spendfuse.wire.cloudevents import headers as cloud_headers
@@ -60,6 +61,19 @@ class Publisher:
         if self._signer is not None:
             headers.append((SIGNATURE_HEADER, self._signer.sign(COMMANDS.name, key, value)))
         return await self._outbox.put(COMMANDS.name, key=key, value=value, partition=0, headers=headers)
+
+    async def again(self, kept: Kept) -> Delivery:
+        """Publish the very bytes of a genuine command once more: something else was written over it."""
+        return await self._outbox.put(
+            COMMANDS.name, key=kept.key, value=kept.value, partition=0, headers=list(kept.headers)
+        )
+
+    async def signed_again(self, kept: Kept) -> Delivery:
+        """Publish a genuine command under our own signature: the key that signed it is being retired."""
+        headers = [(name, value) for name, value in kept.headers if name != SIGNATURE_HEADER]
+        if self._signer is not None:
+            headers.append((SIGNATURE_HEADER, self._signer.sign(COMMANDS.name, kept.key, kept.value)))
+        return await self._outbox.put(COMMANDS.name, key=kept.key, value=kept.value, partition=0, headers=headers)
 
     async def alert(self, alert: Alert) -> Delivery:
         """Publish one alert."""
