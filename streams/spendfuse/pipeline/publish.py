@@ -62,16 +62,11 @@ class Publisher:
             headers.append((SIGNATURE_HEADER, self._signer.sign(COMMANDS.name, key, value)))
         return await self._outbox.put(COMMANDS.name, key=key, value=value, partition=0, headers=headers)
 
-    async def again(self, kept: Kept) -> Delivery:
-        """Publish the very bytes of a genuine command once more: something else was written over it."""
-        return await self._outbox.put(
-            COMMANDS.name, key=kept.key, value=kept.value, partition=0, headers=list(kept.headers)
-        )
-
-    async def signed_again(self, kept: Kept) -> Delivery:
-        """Publish a genuine command under our own signature: the key that signed it is being retired."""
-        headers = [(name, value) for name, value in kept.headers if name != SIGNATURE_HEADER]
-        if self._signer is not None:
+    async def again(self, kept: Kept, *, sign: bool) -> Delivery:
+        """Publish a genuine command once more, byte for byte; `sign`: under our own signature in place of its."""
+        headers = list(kept.headers)
+        if sign and self._signer is not None:
+            headers = [(name, value) for name, value in headers if name != SIGNATURE_HEADER]
             headers.append((SIGNATURE_HEADER, self._signer.sign(COMMANDS.name, kept.key, kept.value)))
         return await self._outbox.put(COMMANDS.name, key=kept.key, value=kept.value, partition=0, headers=headers)
 

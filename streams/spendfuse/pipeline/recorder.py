@@ -63,7 +63,9 @@ async def record(
         deliveries += await publisher.ledger(partition_of(first.topic, partitions), name, entries)
     if records[0].topic == COMMANDS.name:
         deliveries += [await publisher.alert(alert) for alert in forgery_alerts(records, refused, register, now_us)]
-        deliveries += [await publisher.again(kept) for kept in displaced(records, refused, register)]
+        # What a retiring key signed (it may be retired by now) is written under our own.
+        for kept in displaced(records, refused, register):
+            deliveries.append(await publisher.again(kept, sign=register.is_retiring(kept)))
     return deliveries, refused
 
 
@@ -109,15 +111,20 @@ def forgery_alerts(
 def displaced(
     records: Sequence[SourceRecord], refused: Sequence[tuple[SourceRecord, str]], register: Register
 ) -> list[Kept]:
-    """Return the genuine commands of those keys of which this read leaves something else as the last record."""
+    """Return the genuine commands to be written again after one read.
+
+    Those of which this read leaves something else as the last record of their key, and those that it found signed by a
+    key that is being retired.
+    """
     if register.verifier is None:
         return []
     bad = {record.offset for record, _ in refused}
-    last = {record.key: record for record in records}
     found = []
-    for key, record in last.items():
-        kept = register.latest(key)
-        if kept is not None and record.offset > kept.offset and (record.offset in bad or record.value != kept.value):
+    for record in {record.key: record for record in records}.values():
+        kept = register.latest(record.key)
+        if kept is None or record.offset < kept.offset:
+            continue
+        if record.offset in bad or record.value != kept.value or register.is_retiring(kept):
             found.append(kept)
     return found
 

@@ -4,7 +4,6 @@
 all that is left of it, and a guard that starts then would not know of the halt. So what is genuine is written again.
 """
 
-from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from spendfuse.client.accept import Refused, accept
@@ -56,6 +55,8 @@ class Register:
             self._kept[key] = Kept(command, *place, key, record.value or b"", tuple(record.headers))
             if len(self._kept) > self._kept_max:
                 del self._kept[next(iter(self._kept))]
+        elif record.value == kept.value:  # written again, perhaps under another signature: that one counts
+            self._kept[key] = kept._replace(headers=tuple(record.headers))
         self.halts.take(command)
         return command
 
@@ -71,13 +72,16 @@ class Register:
         """Return the genuine command of the highest `seq` of a key, None if there is none."""
         return self._kept.get(key or b"")
 
-    def to_sign_again(self, now_us: int) -> Iterable[Kept]:
-        """Return what still holds and is signed by a key that has an end: no guard would believe it after that."""
-        retiring = self.verifier.retiring if self.verifier is not None else frozenset()
+    def is_retiring(self, kept: Kept) -> bool:
+        """Say whether the key that signed a command has an end: no guard would believe the command after it."""
+        return self.verifier is not None and kept.kid in self.verifier.retiring
+
+    def to_sign_again(self, now_us: int) -> list[Kept]:
+        """Return what still holds and is signed by a key that has an end."""
         return [
             kept
             for kept in self._kept.values()
-            if kept.kid in retiring
+            if self.is_retiring(kept)
             and kept.command.action != "warn"
             and (kept.command.expires_at is None or to_us(kept.command.expires_at) > now_us)
         ]

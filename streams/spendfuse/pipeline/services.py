@@ -221,7 +221,7 @@ class Services:
     async def _sign_again(self) -> None:
         """Put our signature to what holds and is signed by a key that is being retired."""
         kept = list(self._register.to_sign_again(self._clock()))
-        await asyncio.gather(*[await self._publisher.signed_again(each) for each in kept])
+        await asyncio.gather(*[await self._publisher.again(each, sign=True) for each in kept])
         if kept:
             log.info("signed again", commands=len(kept))
 
