@@ -13,9 +13,10 @@ from spendfuse.wire.base import from_us
 from spendfuse.wire.cloudevents import headers as cloud_headers
 from spendfuse.wire.control import Alert, Command
 from spendfuse.wire.ledger import LedgerEntry
+from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
 from spendfuse.wire.signing import SIGNATURE_HEADER
-from spendfuse.wire.topics import ALERTS, COMMANDS, DEAD_LETTERS, LEDGER, PACKED, ROLLUPS
+from spendfuse.wire.topics import ALERTS, COMMANDS, DEAD_LETTERS, LEDGER, PACKED, REMAINING, ROLLUPS
 
 SOURCE: Final = "//spendfuse/worker"
 INTAKE_SOURCE: Final = "//spendfuse/intake"
@@ -69,6 +70,14 @@ class Publisher:
             headers = [(name, value) for name, value in headers if name != SIGNATURE_HEADER]
             headers.append((SIGNATURE_HEADER, self._signer.sign(COMMANDS.name, kept.key, kept.value)))
         return await self._outbox.put(COMMANDS.name, key=kept.key, value=kept.value, partition=0, headers=headers)
+
+    async def remaining(self, left: Remaining) -> Delivery:
+        """Publish what is left of a cap, signed over topic, key and value."""
+        key, value = left.key.encode(), left.model_dump_json(exclude_none=True).encode()
+        headers = cloud_headers("remaining.v1", SOURCE, left.key, left.at)
+        if self._signer is not None:
+            headers.append((SIGNATURE_HEADER, self._signer.sign(REMAINING.name, key, value)))
+        return await self._outbox.put(REMAINING.name, key=key, value=value, partition=0, headers=headers)
 
     async def alert(self, alert: Alert) -> Delivery:
         """Publish one alert."""
