@@ -26,6 +26,7 @@ test: $(STAMP) check ## every test that this machine can run; a skip prints why
 
 check: $(STAMP) lint ## generated files are what their sources say
 	$(PY) schemas/generate.py --check
+	$(PY) schemas/build_vectors.py --check
 	$(PY) schemas/build_price_book.py --check
 	$(PY) -m spendfuse.grafana.generate --check
 	$(PY) docs/tables.py --check
@@ -38,6 +39,7 @@ lint: $(STAMP)
 
 generate: $(STAMP) ## write the generated files anew
 	$(PY) schemas/generate.py
+	$(PY) schemas/build_vectors.py
 	$(PY) schemas/build_price_book.py
 	$(PY) -m spendfuse.grafana.generate
 	$(PY) docs/tables.py
