@@ -24,7 +24,8 @@ Run = Callable[..., Result]
 HEAVY = ("faust", "chdb", "clickhouse_connect", "aiokafka", "yaml", "pydantic")
 COMMANDS = {
     "demo", "up", "worker", "topics create", "budgets apply", "budgets check", "budgets list", "status", "usage emit",
-    "usage import", "halt", "resume", "doctor", "keys list", "keys new", "keys rotate", "audit migrate", "audit run",
+    "usage import", "halt", "resume", "incidents", "doctor", "keys list", "keys new", "keys rotate",
+    "audit migrate", "audit run",
 }  # fmt: skip
 
 

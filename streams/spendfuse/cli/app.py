@@ -5,7 +5,7 @@ from typing import Annotated, Final
 import typer
 
 from spendfuse import __version__
-from spendfuse.cli import audit, budgets, control, demo, doctor, keys, status, topics, up, usage, worker
+from spendfuse.cli import audit, budgets, control, demo, doctor, incidents, keys, status, topics, up, usage, worker
 from spendfuse.cli.faults import Commands
 from spendfuse.cli.options import examples
 
@@ -49,6 +49,7 @@ budgets.register(app)
 status.register(app)
 usage.register(app)
 control.register(app)
+incidents.register(app)
 keys.register(app)
 audit.register(app)
 doctor.register(app)
