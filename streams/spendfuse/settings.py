@@ -134,8 +134,20 @@ class GuardSettings(Settings):
     sync_timeout_s: Annotated[float, Field(ge=0, le=60)] = Field(
         2.0, description="longest the first check waits to have read all commands"
     )
-    fail_mode: Literal["open", "closed"] = Field(
-        "open", description="BLIND or not yet SYNCED: closed halts, open obeys the last known"
+    fail_mode: Literal["bounded", "closed", "open"] = Field(
+        "bounded",
+        description="without a sign of life: bounded goes on within the grace and then halts, closed halts once BLIND, "
+        "open obeys the last known for ever",
+    )
+    grace_s: Annotated[float, Field(ge=0, le=86_400)] = Field(
+        300.0, description="how long a BLIND guard lets its agent go on, with fail_mode bounded"
+    )
+    grace_tokens: Annotated[int, Field(ge=0)] = Field(
+        50_000, description="how many tokens its agent may use meanwhile, as far as a Meter of the process emits them"
+    )
+    guard_dir: str = Field(
+        "~/.local/state/spendfuse/guard",
+        description="where a guard keeps the halts that hold, so that a restart does not forget them; off: nowhere",
     )
 
 

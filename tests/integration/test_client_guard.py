@@ -219,14 +219,17 @@ def test_an_expired_halt_is_not_obeyed_and_a_held_one_lapses_without_a_message(c
     clock = [int(datetime.now(UTC).timestamp()) * 1_000_000]
     base = settings(control, "expiry")
     with Guard.from_env(**base) as guard:
-        guard._clock = lambda: clock[0]
+        guard._clock = guard._time._clock = lambda: clock[0]
         now = datetime.fromtimestamp(clock[0] // 1_000_000, UTC)
         control.command(order("expiry", "halt", 1, cap="past", expires_at=now))
         wait_until(lambda: guard.refused.get("expired") == 1)
         guard.check()
         control.command(order("expiry", "halt", 2, expires_at=now + timedelta(seconds=60)))
         wait_until(lambda: halted(guard))
-        clock[0] += 59_999_999
+        clock[0] += 60_000_000
+        assert halted(guard), "a clock that was set forward ends no halt"
+        guard._time.hear(clock[0] - 1_000_000)  # a worker's heartbeat agrees
+        clock[0] -= 1
         assert halted(guard)
         clock[0] += 1
         guard.check()
