@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 UV := $(PY) -m uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint generate lock bench screenshots clean
+.PHONY: help demo test check lint generate lock bench bench-halt bench-overshoot screenshots clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -47,6 +47,12 @@ generate: $(STAMP) ## write the generated files anew
 bench: $(STAMP) ## what the worker takes, and halt lag on a real Kafka (needs Java and Maven)
 	$(PY) tests/bench/throughput.py
 	$(PY) tests/bench/halt_lag.py
+
+bench-halt: $(STAMP) ## halt lag over 1,000 trips beside 1,000 usages/s, by hop (a real Kafka: needs Java and Maven)
+	$(PY) tests/bench/halt_lag.py --trips 1000 --rate 1000
+
+bench-overshoot: $(STAMP) ## overshoot by concurrency, after the fact and with holds; draws docs/images/overshoot.svg
+	$(PY) tests/bench/overshoot.py --chart docs/images/overshoot.svg
 
 lock: $(STAMP) ## pin every dependency again, with hashes and without addresses
 	$(PY) -m pip install --quiet uv
