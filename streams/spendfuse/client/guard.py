@@ -63,6 +63,8 @@ STOP_TIMEOUT_S: Final = 5.0
 SYNC_STEP_S: Final = 0.01
 WAIT_STEP_S: Final = 0.25
 """How often `wait_halted` looks by itself: blindness comes without a message."""
+LOOK_AGAIN_S: Final = 0.05
+"""How often a guard that hears nothing looks at its grace again, while nothing is emitted."""
 _NEVER: Final = float("-inf")
 _ALWAYS: Final = float("inf")
 
@@ -300,6 +302,8 @@ class Guard:
         counted = usage.kind != "progress" and self._remaining is not None
         used = self._amount(usage) if counted else NONE
         with self._lock:
+            if self.state is not GuardState.LIVE:
+                self._free_until = _NEVER  # look at what is left, and at the grace
             if usage.kind == "finished":
                 self._tokens += usage.tokens.total
                 self._lease.finish(usage.id, used, _wall_ms())
@@ -502,15 +506,18 @@ class Guard:
                 f"{agent} must stop: {self._silence()}, and its own calls have since used up what was left of "
                 f"{left.scope}'s cap of {amount(left.amount, left.unit)} ({left.budget}, cap {left.cap})"
             )
-        if state is GuardState.STALE:
-            return None
         now = monotonic()
+        # Only a usage, or time, can change the answer.
+        if state is GuardState.STALE:
+            self._free_until = now + LOOK_AGAIN_S
+            return None
         if self._grace_from is None:
             self._grace_from = (now, self._tokens)
         since, tokens_before = self._grace_from
         used = self._tokens - tokens_before
         settings = self._settings
         if now - since < settings.grace_s and used <= settings.grace_tokens:
+            self._free_until = min(now + LOOK_AGAIN_S, since + settings.grace_s)
             return None
         why = self._unread() if state is GuardState.SYNCING else self._silence()
         return Halted(
