@@ -5,7 +5,21 @@ from typing import Annotated, Final
 import typer
 
 from spendfuse import __version__
-from spendfuse.cli import audit, budgets, control, demo, doctor, incidents, keys, status, topics, up, usage, worker
+from spendfuse.cli import (
+    audit,
+    budgets,
+    control,
+    demo,
+    doctor,
+    guard,
+    incidents,
+    keys,
+    status,
+    topics,
+    up,
+    usage,
+    worker,
+)
 from spendfuse.cli.faults import Commands
 from spendfuse.cli.options import examples
 
@@ -50,6 +64,7 @@ status.register(app)
 usage.register(app)
 control.register(app)
 incidents.register(app)
+guard.register(app)
 keys.register(app)
 audit.register(app)
 doctor.register(app)

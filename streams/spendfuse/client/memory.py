@@ -26,15 +26,16 @@ BYTES_MAX: Final = 4_194_304
 _log = logging.getLogger("spendfuse")
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Put a file in place at once and whole, readable by its owner only. Raises OSError."""
+def write_private(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Put a file in place at once and whole, for its owner only; `durable`: over a power cut. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # made with mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         Path(name).replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
