@@ -25,7 +25,7 @@ HEAVY = ("faust", "chdb", "clickhouse_connect", "aiokafka", "yaml", "pydantic")
 COMMANDS = {
     "demo", "up", "worker", "topics create", "budgets apply", "budgets check", "budgets list", "status", "usage emit",
     "usage import", "halt", "resume", "incidents", "doctor", "keys list", "keys new", "keys rotate",
-    "audit migrate", "audit run",
+    "audit migrate", "audit run", "guard check", "guard exec", "guard mirror",
 }  # fmt: skip
 
 

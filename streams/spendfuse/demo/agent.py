@@ -39,7 +39,8 @@ def run_agent(plan: AgentPlan, pipe: Connection) -> None:
     clock = parse_clock(ClockSettings.from_env().clock)
     if not isinstance(clock, ScaledClock):
         raise TypeError("an agent of the demo needs a scaled clock in SPENDFUSE_CLOCK")
-    with Guard.from_env(**names) as guard, Meter.from_env(**names) as meter:
+    # Its halts are of a weekend that is over: nothing to keep.
+    with Guard.from_env(**names, guard_dir="off") as guard, Meter.from_env(**names) as meter:
         deadline = time.monotonic() + SYNC_TIMEOUT_S
         while guard.state is not GuardState.LIVE and time.monotonic() < deadline:
             time.sleep(SYNC_STEP_S)
