@@ -109,3 +109,22 @@ def test_a_public_key_file_that_cannot_be_used_is_named(tmp_path: Path, text: st
     run("new", "--out", str(tmp_path / "keys"))
     (tmp_path / "keys" / "public.key").write_text(text)
     assert "public.key cannot be used" in run("list", "--dir", str(tmp_path / "keys"), code=64)
+
+
+def test_the_doctor_says_whether_the_key_that_signs_is_believed(tmp_path: Path) -> None:
+    from spendfuse.cli.doctor import key_checks
+    from spendfuse.cli.target import Target
+    from spendfuse.settings import BrokerSettings
+
+    run("new", "--out", str(tmp_path), "--kid", "one")
+    public = (tmp_path / "public.key").read_text().strip()
+
+    def signing(public_keys: str) -> tuple[str, str]:
+        env = {"SPENDFUSE_SIGNING_KEY_FILE": str(tmp_path / "signing.key"), "SPENDFUSE_PUBLIC_KEYS": public_keys}
+        check = key_checks(Target(BrokerSettings.from_env({}), "test", env, None))[-1]
+        return check.state, check.found
+
+    assert signing(public) == ("ok", "one, and guards know it")
+    assert signing(f"{public};until=2099-01-01T00:00:00Z")[0] == "warning"
+    assert signing(f"{public};until=2020-01-01T00:00:00Z") == ("failed", "one ended at 2020-01-01T00:00:00.000000Z")
+    assert signing(public.replace("one=", "two="))[0] == "failed"
