@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from multiprocessing.connection import Connection
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from spendfuse.client.clock import ScaledClock, parse_clock
 from spendfuse.client.guard import Guard, GuardState, Halted
@@ -34,7 +34,7 @@ class AgentReport(NamedTuple):
 def run_agent(plan: AgentPlan, pipe: Connection) -> None:
     """Say `ready` through the pipe, receive the weekend's start (event time, us), live it, and send the report."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo, which ends its agents
-    names = {"workspace": WORKSPACE, "team": TEAM, "agent": plan.name}
+    names: dict[str, Any] = {"workspace": WORKSPACE, "team": TEAM, "agent": plan.name}
     names |= {"run": f"{ROOT_RUN}-{plan.name}", "root_run": ROOT_RUN, "parent_run": ROOT_RUN}
     clock = parse_clock(ClockSettings.from_env().clock)
     if not isinstance(clock, ScaledClock):
