@@ -7,14 +7,14 @@ import stat
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spendfuse.client import Guard, GuardState, Halted, Meter, Tokens
 from spendfuse.client.clock import ScaledClock, TrustedTime, wall_clock
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import Signer, generate
-from spendfuse.client.lease import Amount, Lease
+from spendfuse.client.lease import SHARE, Amount, Lease
 from spendfuse.settings import BrokerSettings, GuardSettings, IdentitySettings
 from spendfuse.wire.base import EPOCH, encode, from_us
 from spendfuse.wire.control import Command, Heartbeat
@@ -319,3 +319,77 @@ def test_many_calls_are_counted_in_bounded_memory() -> None:
     )
     assert len(lease._calls) <= 2_000
     assert [rest for _, rest in lease.rests(0)] == [4_000]
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["call", "call", "call", "settle", "publish", "hear"]),
+        st.integers(0, SHARE - 1),
+        st.integers(1, 400),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(STEPS)
+def test_no_interleaving_of_several_processes_lets_calls_run_past_a_cap(  # noqa: C901 - one story of all that may happen
+    steps: list[tuple[str, int, int]],
+) -> None:
+    """Each of `SHARE` processes hears a record some time before the next one is published; bounds are used up."""
+    cap, now = 1_000, 1
+    leases = [Lease([AGENT]) for _ in range(SHARE)]
+    running: dict[str, int] = {}
+    waiting: dict[str, tuple[int, int, int]] = {}
+    spent = 0
+    unheard: set[int] = set()
+    said = Remaining(
+        scope=AGENT, budget="b", cap="c", unit="tokens", amount=cap, spend=0, committed=0, at=EPOCH, as_of_ms=0
+    )
+
+    def hear(nth: int) -> None:
+        leases[nth].hear(said)
+        unheard.discard(nth)
+        for name, (owner, bound, before) in list(waiting.items()):
+            if owner == nth:
+                known, room = leases[nth].confirmed(name, 0)
+                counted = before + known
+                if room is not None:
+                    del waiting[name]
+                    leases[nth].finish(name, Amount(0, 0), now)
+                elif counted == 2:  # counted, and what the others started without knowing is counted as well
+                    del waiting[name]
+                    running[name] = bound
+                else:
+                    waiting[name] = (owner, bound, counted)
+
+    for nth in range(SHARE):
+        hear(nth)
+    for number, (kind, nth, size) in enumerate(steps):
+        now += 1
+        if kind == "call":
+            name, bound = f"call-{number}", Amount(0, size)
+            if leases[nth].no_room(bound, 0) is None and not leases[nth].is_crowded(bound, 0):
+                leases[nth].start(name, bound, now, HOUR_US)
+                if leases[nth].needs_confirmation(name, bound, 0):
+                    waiting[name] = (nth, size, 0)
+                else:
+                    running[name] = size
+        elif kind == "settle" and running:
+            name = min(running)
+            spent += running[name]
+            for lease in leases:
+                if name in lease._calls:
+                    lease.finish(name, Amount(0, running[name]), now)
+            del running[name]
+        elif kind == "publish":
+            for each in list(unheard):
+                hear(each)
+            held = sum(running.values()) + sum(bound for _, bound, _ in waiting.values())
+            said = said.model_copy(
+                update={"spend": spent, "committed": spent + held, "as_of_ms": now, "at": from_us(now)}
+            )
+            unheard = set(range(SHARE))
+        elif kind == "hear" and nth in unheard:
+            hear(nth)
+        assert spent + sum(running.values()) <= cap

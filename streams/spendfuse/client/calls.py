@@ -40,6 +40,10 @@ DEADLINE_S: Final = 600.0
 """How long a call is held after its last sign of progress, unless it says."""
 PROGRESS_INTERVAL_S: Final = 0.5
 """Progress is reported at most so often; a call that passes its bound says so at once."""
+PATIENCE_S: Final = 1.0
+"""How long a call waits to hear of the calls before it, or of itself where little is left."""
+OTHERS_S: Final = 0.4
+"""How long a call that needs much of what is left waits, once counted, for what others started without knowing."""
 WAIT_STEP_S: Final = 0.01
 SOURCE: Final = "spendfuse-python"
 
@@ -80,6 +84,7 @@ class Call:
         self._labels = labels
         self._so_far: Tokens | None = None
         self._said_at = float("-inf")
+        self._known_at: float | None = None
         self._state = "new"
 
     @property
@@ -134,7 +139,17 @@ class Call:
         self._must_be("new", "start")
         self._guard.check()
         self._guard.wait_for_remaining(self._guard.lease_wait_s())
-        self._begin()
+        give_up_at = monotonic() + PATIENCE_S
+        usage = self._draft()
+        while not self._admitted(usage, patient=monotonic() < give_up_at):
+            self._guard.wait_for_news(WAIT_STEP_S)
+        give_up_at = monotonic() + PATIENCE_S
+        try:
+            while not self._confirmed(usage) and monotonic() < give_up_at:
+                self._guard.wait_for_news(WAIT_STEP_S)
+        except BaseException:
+            self._give_up()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -152,7 +167,17 @@ class Call:
         await self._guard.acheck()
         while (wait_s := self._guard.lease_wait_s()) > 0:  # noqa: ASYNC110 - set by another thread
             await asyncio.sleep(min(wait_s, WAIT_STEP_S))
-        self._begin()
+        give_up_at = monotonic() + PATIENCE_S
+        usage = self._draft()
+        while not self._admitted(usage, patient=monotonic() < give_up_at):  # noqa: ASYNC110 - heard by another thread
+            await asyncio.sleep(WAIT_STEP_S)
+        give_up_at = monotonic() + PATIENCE_S
+        try:
+            while not self._confirmed(usage) and monotonic() < give_up_at:  # noqa: ASYNC110 - the same
+                await asyncio.sleep(WAIT_STEP_S)
+        except BaseException:
+            self._give_up()
+            raise
         return self
 
     async def __aexit__(
@@ -199,16 +224,38 @@ class Call:
     def _another(self) -> "Call":
         return Call(self._guard, self.bound, **{**self._asked, "call_id": None})
 
-    def _begin(self) -> None:
+    def _draft(self) -> Usage:
+        """Return what announces the call: with another model and a shorter answer while degraded."""
         self.model = self._guard.model(self.model)
         most = self._guard.max_output_tokens
         if most is not None and most < self.bound.output:
             reasoning = min(self.bound.reasoning, most)
             self.bound = self.bound.model_copy(update={"output": most, "reasoning": reasoning})
-        usage = self._usage("started", self.bound)
-        self._guard.admit(self.id, usage, self._deadline_us())
+        return self._usage("started", self.bound)
+
+    def _admitted(self, usage: Usage, *, patient: bool) -> bool:
+        """Announce the call if it may start now; raise NoRoom or Halted if it may not start at all."""
+        self._guard.check()
+        if not self._guard.admit(self.id, usage, self._deadline_us(), patient=patient):
+            return False
         self._state = "running"
         self._guard.meter.emit(usage)
+        return True
+
+    def _confirmed(self, usage: Usage) -> bool:
+        """Say whether the announced call may go on; raise NoRoom or Halted when others left no room for it."""
+        self._guard.check()
+        known = self._guard.confirmed(self.id, usage)
+        if known is None:
+            return True
+        if known and self._known_at is None:
+            self._known_at = monotonic()
+        return self._known_at is not None and monotonic() - self._known_at >= OTHERS_S
+
+    def _give_up(self) -> None:
+        """Release a call that was announced and did not begin: leaving the block will not be asked for."""
+        if self._state == "running":
+            self._finish(Tokens(), self.model)
 
     def _finish(self, tokens: Tokens, model: str) -> Usage:
         usage = self._usage("finished", tokens, model)

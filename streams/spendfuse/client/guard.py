@@ -34,7 +34,7 @@ from spendfuse.client.follow import Follower, Record
 from spendfuse.client.halted import Halted, NoRoom
 from spendfuse.client.identity import Identity
 from spendfuse.client.keys import Verifier
-from spendfuse.client.lease import NONE, Amount, Lease
+from spendfuse.client.lease import NONE, Amount, Lease, Room
 from spendfuse.client.memory import Memory
 from spendfuse.client.meter import Meter
 from spendfuse.client.obey import Obedience, Verdict, expired
@@ -63,6 +63,8 @@ STOP_TIMEOUT_S: Final = 5.0
 SYNC_STEP_S: Final = 0.01
 WAIT_STEP_S: Final = 0.25
 """How often `wait_halted` looks by itself: blindness comes without a message."""
+COLD_S: Final = 1.0
+"""How long after the first call others wait to hear of a cap: until then nobody knows that there is one."""
 LOOK_AGAIN_S: Final = 0.05
 """How often a guard that hears nothing looks at its grace again, while nothing is emitted."""
 _NEVER: Final = float("-inf")
@@ -173,6 +175,7 @@ class Guard:
         self._lease = Lease(self.identity.scopes)
         self._leased = threading.Event()
         self._lease_until: float | None = None
+        self._first_call_at: float | None = None
         self._records: dict[str, Record] = {}
         self._time = TrustedTime(self._clock)
         self._tokens = 0
@@ -273,17 +276,59 @@ class Guard:
                 for left, rest in self._lease.rests(now_us)
             ]
 
-    def admit(self, call_id: str, usage: Usage, deadline_us: int) -> None:
-        """Count a call from now on at its bound; raise NoRoom if it does not fit. For `Call`, after `check`."""
+    def admit(self, call_id: str, usage: Usage, deadline_us: int, *, patient: bool) -> bool:
+        """Count a call from now on at its bound; raise NoRoom if it does not fit. For `Call`, after `check`.
+
+        Returns False, and counts nothing, while it must wait until what was started before is heard of (`patient`);
+        at the end of its patience a call is refused while a worker is alive, since others may have taken the rest.
+        """
         bound = self._amount(usage)
         with self._lock:
-            room = self._lease.no_room(bound, self._clock())
+            now_us = self._clock()
+            room = self._lease.no_room(bound, now_us)
             if room is None:
-                self._lease.start(call_id, bound, _wall_ms(), deadline_us)
-                return
+                live = self.state is GuardState.LIVE
+                if live and patient and (self._is_cold() or self._lease.is_crowded(bound, now_us)):
+                    return False
+                if not live or self._is_cold() or not self._lease.is_crowded(bound, now_us):
+                    if self._first_call_at is None:
+                        self._first_call_at = monotonic()
+                    self._lease.start(call_id, bound, _wall_ms(), deadline_us)
+                    return True
+                left, rest = min(self._lease.rests(now_us), key=lambda pair: pair[1])
+                room = Room(left, rest, bound.tokens if left.unit == "tokens" else bound.nanos)
+        raise self._no_room(room)
+
+    def _is_cold(self) -> bool:
+        """Say whether a first call has just been announced, and nothing been heard of any cap yet."""
+        if self._first_call_at is None or self._lease.heard:
+            return False
+        return monotonic() - self._first_call_at < COLD_S
+
+    def confirmed(self, call_id: str, usage: Usage) -> bool | None:
+        """Say whether a worker has counted a call that was announced, None where that does not matter. For `Call`.
+
+        Raises NoRoom when others have taken what it needs.
+        """
+        bound = self._amount(usage)
+        with self._lock:
+            now_us = self._clock()
+            if self.state is not GuardState.LIVE or not self._lease.needs_confirmation(call_id, bound, now_us):
+                return None
+            known, room = self._lease.confirmed(call_id, now_us)
+            if room is None:
+                return known
+        raise self._no_room(room)
+
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Wait until something new is heard, at most `timeout_s`."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
+    def _no_room(self, room: Room) -> NoRoom:
         left = room.remaining
         age_s = max(0, self._clock() - to_us(left.at)) / 1e6
-        raise NoRoom(
+        return NoRoom(
             f"{self.identity.agent_scope} may not start this call: it may use up to {amount(room.needed, left.unit)}, "
             f"and {left.scope} has {amount(max(0, room.left), left.unit)} left of its cap of "
             f"{amount(left.amount, left.unit)} ({left.budget}, cap {left.cap}; known {age_s:.1f} s ago). "
@@ -628,8 +673,9 @@ class Guard:
         except Refused as refusal:
             self._refuse(refusal.reason)
             return
-        with self._lock:
+        with self._changed:
             self._lease.hear(left)
+            self._changed.notify_all()
 
     def _on_heartbeats_read(self) -> None:
         with self._changed:

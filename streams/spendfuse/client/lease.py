@@ -3,8 +3,9 @@
 Of each cap it knows the last `Remaining`, and adds what this process emitted later than that record knows. So a guard
 that hears nothing more goes on counting against the last known remaining: a lease, that only its own calls use up.
 
-What it cannot know is what others spend meanwhile: a shared cap can be passed by as much as the others start within
-the age of the record (a quarter of a second and the way here, while the link is up).
+What it cannot know is what others start meanwhile. So before it hears of its own calls again, it starts no more than
+a `SHARE` of what was left: up to so many processes that start at once stay below the cap. A single call that needs
+more than that is started alone, and must be confirmed: the guard waits until the worker has counted it.
 """
 
 from collections import OrderedDict
@@ -21,6 +22,8 @@ CALLS_MAX: Final = 2_000
 """Most calls counted singly; the oldest finished ones are then counted as one sum."""
 AGE_US_MAX: Final = 86_400_000_000
 """A record older than the topic keeps them says nothing any more."""
+SHARE: Final = 4
+"""One part in so many of what is left may be started before it is heard of."""
 US_PER_MS: Final = 1_000
 UNKNOWN_AGE_MS: Final = 1_000
 """How long before it was said a record is taken to be, that does not say which usage it knows."""
@@ -120,6 +123,42 @@ class Lease:
             if rest <= max(_in_unit(needed, left), 0)
         ]
         return min(found, key=lambda room: room.left - room.needed, default=None)
+
+    @property
+    def heard(self) -> bool:
+        """Say whether anything is known to remain."""
+        return bool(self._left)
+
+    def is_crowded(self, needed: Amount, now_us: int) -> bool:
+        """Say whether a call must wait until what was started before it has been heard of."""
+        for left, rest in self.rests(now_us):
+            unheard = sum(
+                _in_unit(call.bound if call.used is None else call.used, left)
+                for call in self._calls.values()
+                if call.started_ms > _as_of_ms(left)
+            )
+            if unheard and (unheard + _in_unit(needed, left)) * SHARE > rest + unheard:
+                return True
+        return False
+
+    def needs_confirmation(self, call_id: str, bound: Amount, now_us: int) -> bool:
+        """Say whether a started call is so large a part of what was left that others may have taken it meanwhile."""
+        if call_id not in self._calls:
+            return False
+        return any(_in_unit(bound, left) * SHARE > rest + _in_unit(bound, left) for left, rest in self.rests(now_us))
+
+    def confirmed(self, call_id: str, now_us: int) -> tuple[bool, Room | None]:
+        """Say whether every record knows of a call, and the cap that is passed with it, if any."""
+        call = self._calls.get(call_id)
+        if call is None:
+            return True, None
+        known = all(_as_of_ms(left) >= call.started_ms for left, _ in self.rests(now_us))
+        passed = [
+            Room(left, rest + _in_unit(call.bound, left), _in_unit(call.bound, left))
+            for left, rest in self.rests(now_us)
+            if rest < 0
+        ]
+        return known, min(passed, key=lambda room: room.left - room.needed, default=None)
 
     def rests(self, now_us: int) -> Iterator[tuple[Remaining, int]]:
         """Yield what was last heard of each cap, and what is left of it by our own count (below 0 when passed)."""
