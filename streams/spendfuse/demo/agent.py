@@ -8,7 +8,8 @@ from multiprocessing.connection import Connection
 from typing import Any, Final, NamedTuple
 
 from spendfuse.client.clock import ScaledClock, parse_clock
-from spendfuse.client.guard import Guard, GuardState, Halted
+from spendfuse.client.guard import Guard, GuardState
+from spendfuse.client.halted import Halted
 from spendfuse.client.meter import Meter
 from spendfuse.demo.plan import MODEL, PROVIDER, ROOT_RUN, TEAM, WEEKEND_US, WORKFLOW, WORKSPACE, AgentPlan
 from spendfuse.engine.windows import SECOND_US
