@@ -4,8 +4,9 @@ Of each cap it knows the last `Remaining`, and adds what this process emitted la
 that hears nothing more goes on counting against the last known remaining: a lease, that only its own calls use up.
 
 What it cannot know is what others start meanwhile. So before it hears of its own calls again, it starts no more than
-a `SHARE` of what was left: up to so many processes that start at once stay below the cap. A single call that needs
-more than that is started alone, and must be confirmed: the guard waits until the worker has counted it.
+a `SHARE` of what was left: eight processes that hear at the same time stay below the cap, and three of which each may
+still go by the record before. A single call that needs more than that is started alone, and must be confirmed: the
+guard waits until the worker has counted it, and what the others started meanwhile.
 """
 
 from collections import OrderedDict
@@ -22,7 +23,7 @@ CALLS_MAX: Final = 2_000
 """Most calls counted singly; the oldest finished ones are then counted as one sum."""
 AGE_US_MAX: Final = 86_400_000_000
 """A record older than the topic keeps them says nothing any more."""
-SHARE: Final = 4
+SHARE: Final = 8
 """One part in so many of what is left may be started before it is heard of."""
 US_PER_MS: Final = 1_000
 UNKNOWN_AGE_MS: Final = 1_000
