@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 UV := $(PY) -m uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint generate lock bench bench-audit screenshots clean
+.PHONY: help demo test check lint generate lock bench bench-audit bench-halt bench-overshoot screenshots clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -26,6 +26,7 @@ test: $(STAMP) check ## every test that this machine can run; a skip prints why
 
 check: $(STAMP) lint ## generated files are what their sources say
 	$(PY) schemas/generate.py --check
+	$(PY) schemas/build_vectors.py --check
 	$(PY) schemas/build_price_book.py --check
 	$(PY) -m spendfuse.grafana.generate --check
 	$(PY) docs/tables.py --check
@@ -38,6 +39,7 @@ lint: $(STAMP)
 
 generate: $(STAMP) ## write the generated files anew
 	$(PY) schemas/generate.py
+	$(PY) schemas/build_vectors.py
 	$(PY) schemas/build_price_book.py
 	$(PY) -m spendfuse.grafana.generate
 	$(PY) docs/tables.py
@@ -48,6 +50,12 @@ bench: $(STAMP) ## what the worker takes, and halt lag on a real Kafka (needs Ja
 
 bench-audit: $(STAMP) ## what the audit's database takes and answers, over 10 million rows (ROWS=50000000 for more)
 	$(PY) tests/bench/audit.py --rows $(or $(ROWS),10000000)
+
+bench-halt: $(STAMP) ## halt lag over 1,000 trips beside 1,000 usages/s, by hop (a real Kafka: needs Java and Maven)
+	$(PY) tests/bench/halt_lag.py --trips 1000 --rate 1000
+
+bench-overshoot: $(STAMP) ## overshoot by concurrency, after the fact and with holds; draws docs/images/overshoot.svg
+	$(PY) tests/bench/overshoot.py --chart docs/images/overshoot.svg
 
 lock: $(STAMP) ## pin every dependency again, with hashes and without addresses
 	$(PY) -m pip install --quiet uv

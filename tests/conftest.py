@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+os.environ.setdefault("SPENDFUSE_GUARD_DIR", "off")  # a test's guard forgets with its test, unless it says otherwise
 
 
 @pytest.fixture(scope="session")

@@ -146,8 +146,20 @@ class GuardSettings(Settings):
     sync_timeout_s: Annotated[float, Field(ge=0, le=60)] = Field(
         2.0, description="longest the first check waits to have read all commands"
     )
-    fail_mode: Literal["open", "closed"] = Field(
-        "open", description="BLIND or not yet SYNCED: closed halts, open obeys the last known"
+    fail_mode: Literal["bounded", "closed", "open"] = Field(
+        "bounded",
+        description="without a sign of life: bounded goes on within the grace and then halts, closed halts once BLIND, "
+        "open obeys the last known for ever",
+    )
+    grace_s: Annotated[float, Field(ge=0, le=86_400)] = Field(
+        300.0, description="how long a BLIND guard lets its agent go on, with fail_mode bounded"
+    )
+    grace_tokens: Annotated[int, Field(ge=0)] = Field(
+        50_000, description="how many tokens its agent may use meanwhile, as far as a Meter of the process emits them"
+    )
+    guard_dir: str = Field(
+        "~/.local/state/spendfuse/guard",
+        description="where a guard keeps the halts that hold, so that a restart does not forget them; off: nowhere",
     )
 
 
@@ -194,7 +206,14 @@ class WorkerSettings(Settings):
         SecretStr(""),
         description="kid=base64 of the Ed25519 private key that signs commands (secret; or ..._FILE)",
     )
+    public_keys: str = Field(
+        "",
+        description="further keys whose commands are genuine, as guards have them: operators', and one being retired",
+    )
     unsigned_commands: bool = Field(False, description="publish commands unsigned: development only")
+    violation_grace_s: Annotated[float, Field(ge=0, le=86_400)] = Field(
+        60.0, description="a call that ends later than this after a halt of its scope is a violation"
+    )
     data_dir: str = Field(".spendfuse/worker", description="the worker's own files")
 
 

@@ -3,6 +3,9 @@
     python tests/bench/halt_lag.py [--broker embedded|kafka] [--trips 100] [--rate 1000]
 
 A loader emits `--rate` usages a second of other agents meanwhile. Both processes read one machine's clock.
+By hop: `emit` from the record to its Kafka timestamp (the meter's linger), `decide` from there to the command's issue
+(broker, intake, broker, meter), `obey` from there until `check()` raises (broker, guard, and half a millisecond of the
+agent's own pause between two checks).
 """
 
 import argparse
@@ -10,20 +13,42 @@ import asyncio
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 from platform_under_test import platform, publish_budgets
 
-from spendfuse.client.guard import Guard, GuardState, Halted
+from spendfuse.client.guard import Guard, GuardState
+from spendfuse.client.halted import Halted
 from spendfuse.client.meter import Meter
+from spendfuse.wire.base import to_us
 from spendfuse.wire.budget import Budget, Cap, WindowSpec
 
 READY_S = 20.0
 TRIP_S = 20.0
 
 
+class Trip(NamedTuple):
+    """One trip in milliseconds: the whole by the monotonic clock, its hops by the wall clock."""
+
+    whole: float
+    emit: float
+    decide: float
+    obey: float
+
+
+class Seen(NamedTuple):
+    """What the guard's process saw: when `check` raised by both clocks, and what the command says of itself."""
+
+    halted_ns: int
+    halted_us: int
+    issued_us: int
+    produced_ms: int
+
+
 def guard_process(pipe: Connection) -> None:
-    """For each agent named through the pipe: say when the guard is live, then when it was halted (monotonic ns)."""
+    """For each agent named through the pipe: say when the guard is live, then how it was halted."""
     while (agent := pipe.recv()) is not None:
         with Guard.from_env(workspace="acme", team="research", agent=agent, run="r") as guard:
             deadline = time.monotonic() + READY_S
@@ -31,14 +56,22 @@ def guard_process(pipe: Connection) -> None:
                 time.sleep(0.005)
             pipe.send(guard.state.value)
             deadline = time.monotonic() + TRIP_S
-            halted_at = 0
-            while not halted_at and time.monotonic() < deadline:
+            seen = None
+            while seen is None and time.monotonic() < deadline:
                 try:
                     guard.check()
                     time.sleep(0.0005)
-                except Halted:
-                    halted_at = time.monotonic_ns()
-            pipe.send(halted_at)
+                except Halted as halted:
+                    seen = _seen(halted)
+            pipe.send(seen)
+
+
+def _seen(halted: Halted) -> Seen:
+    halted_ns, halted_us = time.monotonic_ns(), time.time_ns() // 1_000
+    command = halted.command
+    if command is None or command.cause is None:
+        raise SystemExit(f"halted by no command: {halted}")
+    return Seen(halted_ns, halted_us, to_us(command.issued_at), command.cause.produced_at_ms)
 
 
 def load_process(rate: int, stop: "multiprocessing.synchronize.Event") -> None:
@@ -53,8 +86,8 @@ def load_process(rate: int, stop: "multiprocessing.synchronize.Event") -> None:
             time.sleep(0.005)
 
 
-def measure(kind: str, trips: int, rate: int) -> list[float]:
-    """Return the lags in milliseconds."""
+def measure(kind: str, trips: int, rate: int) -> list[Trip]:
+    """Return the trips."""
     context = multiprocessing.get_context("spawn")
     with platform(kind) as run:
         os.environ.update(run.env())
@@ -79,7 +112,7 @@ def measure(kind: str, trips: int, rate: int) -> list[float]:
                     process.kill()
 
 
-def _trip(agent: str, pipe: Connection) -> float:
+def _trip(agent: str, pipe: Connection) -> Trip:
     with Meter.from_env(workspace="acme", team="research", agent=agent, run="r") as meter:
         pipe.send(agent)
         state = pipe.recv()
@@ -87,11 +120,26 @@ def _trip(agent: str, pipe: Connection) -> float:
             raise SystemExit(f"the guard of {agent} is {state}")
         meter.record(provider="anthropic", model="claude-sonnet-4-6", input=100_000)
         meter.flush(5)
-        began = time.monotonic_ns()
+        began_us, began = time.time_ns() // 1_000, time.monotonic_ns()
         meter.record(provider="anthropic", model="claude-sonnet-4-6", output=100_000)
-        if not pipe.poll(TRIP_S + 5) or not (halted_at := pipe.recv()):
+        if not pipe.poll(TRIP_S + 5) or (seen := pipe.recv()) is None:
             raise SystemExit(f"{agent} was never halted")
-        return (halted_at - began) / 1e6
+        return Trip(
+            (seen.halted_ns - began) / 1e6,
+            seen.produced_ms - began_us / 1e3,
+            seen.issued_us / 1e3 - seen.produced_ms,
+            (seen.halted_us - seen.issued_us) / 1e3,
+        )
+
+
+def line(name: str, values: Sequence[float]) -> str:
+    """Return a line of percentiles, nearest rank."""
+    ordered = sorted(values)
+
+    def at(percent: int) -> float:
+        return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+    return f"{name:9} p50 {at(50):6.1f} ms, p90 {at(90):6.1f} ms, p99 {at(99):6.1f} ms, max {ordered[-1]:6.1f} ms"
 
 
 def main() -> None:
@@ -101,15 +149,11 @@ def main() -> None:
     parser.add_argument("--trips", type=int, default=100)
     parser.add_argument("--rate", type=int, default=1_000)
     given = parser.parse_args()
-    lags = sorted(measure(given.broker, given.trips, given.rate))
-
-    def at(percent: int) -> float:
-        return lags[max(0, -(-len(lags) * percent // 100) - 1)]
-
-    print(
-        f"{given.broker}, {given.trips} trips beside {given.rate} usages/s: "
-        f"halt lag p50 {at(50):.1f} ms, p90 {at(90):.1f} ms, p99 {at(99):.1f} ms, max {lags[-1]:.1f} ms"
-    )
+    trips = measure(given.broker, given.trips, given.rate)
+    print(f"{given.broker}, {given.trips} trips beside {given.rate} usages/s")
+    names = {"whole": "halt lag", "emit": " emit", "decide": " decide", "obey": " obey"}
+    for field, name in names.items():
+        print(line(name, [getattr(trip, field) for trip in trips]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 
 from spendfuse.client import Guard, Halted, Meter
 from spendfuse.embedded.tansu import BrokerUnavailableError, broker_binary
+from spendfuse.wire.topics import TOPICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -137,7 +138,7 @@ def rows(up: Up, *words: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 def test_the_topics_are_there_and_creating_them_again_changes_nothing(up: Up) -> None:
     reports = up.run("topics", "create", "--json").data
-    assert len(reports) == 12
+    assert len(reports) == len(TOPICS)
     assert {report["state"] for report in reports} == {"exists"}
     assert next(report for report in reports if report["topic"] == "spendfuse.usage.v1")["partitions"] == 2
     wrong = up.run("topics", "create", "--partitions", "3")

@@ -18,13 +18,13 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import TopicAlreadyExistsError
 
-from spendfuse.client import Guard, GuardState, Halted
+from spendfuse.client import Guard, GuardState, Halted, NoRoom, Tokens
 from spendfuse.client.keys import Signer, generate
 from spendfuse.embedded.processes import free_port
 from spendfuse.embedded.tansu import EmbeddedBroker, broker_binary
-from spendfuse.wire import Ack, Command, Heartbeat, encode
+from spendfuse.wire import Ack, Command, Heartbeat, Remaining, encode
 from spendfuse.wire.signing import SIGNATURE_HEADER
-from spendfuse.wire.topics import ACKS, COMMANDS, HEARTBEATS
+from spendfuse.wire.topics import ACKS, COMMANDS, HEARTBEATS, REMAINING, USAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ class Control:
         async def create() -> None:
             admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
             await admin.start()
-            for topic in (COMMANDS, HEARTBEATS, ACKS):
+            for topic in (COMMANDS, HEARTBEATS, ACKS, REMAINING, USAGE):
                 with contextlib.suppress(TopicAlreadyExistsError):
                     await admin.create_topics([NewTopic(topic.name, 1, 1)])
             await admin.close()
@@ -219,14 +219,17 @@ def test_an_expired_halt_is_not_obeyed_and_a_held_one_lapses_without_a_message(c
     clock = [int(datetime.now(UTC).timestamp()) * 1_000_000]
     base = settings(control, "expiry")
     with Guard.from_env(**base) as guard:
-        guard._clock = lambda: clock[0]
+        guard._clock = guard._time._clock = lambda: clock[0]
         now = datetime.fromtimestamp(clock[0] // 1_000_000, UTC)
         control.command(order("expiry", "halt", 1, cap="past", expires_at=now))
         wait_until(lambda: guard.refused.get("expired") == 1)
         guard.check()
         control.command(order("expiry", "halt", 2, expires_at=now + timedelta(seconds=60)))
         wait_until(lambda: halted(guard))
-        clock[0] += 59_999_999
+        clock[0] += 60_000_000
+        assert halted(guard), "a clock that was set forward ends no halt"
+        guard._time.hear(clock[0] - 1_000_000)  # a worker's heartbeat agrees
+        clock[0] -= 1
         assert halted(guard)
         clock[0] += 1
         guard.check()
@@ -384,3 +387,114 @@ def test_a_forked_child_follows_by_itself(control: Control) -> None:
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# -- calls, the mirror and the supervisor, as processes and over a broker -------------------------------------------
+
+
+def environment(control: Control, agent: str, **more: object) -> dict[str, str]:
+    given = settings(control, agent, **more)
+    return {**os.environ, "PYTHONPATH": str(STREAMS)} | {f"SPENDFUSE_{k.upper()}": str(v) for k, v in given.items()}
+
+
+def test_a_call_is_checked_against_what_a_worker_said_remains(control: Control) -> None:
+    def say(committed: int) -> None:
+        said = Remaining(
+            scope=f"team:{WORKSPACE}/room", budget="b", cap="c", unit="tokens", amount=1_000, spend=committed,
+            committed=committed, at=datetime.now(UTC), as_of_ms=0,
+        )  # fmt: skip
+        key, value = said.key.encode(), encode(said)
+        control.send(REMAINING.name, key, value, [(SIGNATURE_HEADER, SIGNER.sign(REMAINING.name, key, value))])
+
+    say(900)
+    with Guard.from_env(**settings(control, "room")) as guard:
+        bound, what = Tokens(output=100), {"provider": "openai", "model": "gpt-5"}
+        with pytest.raises(NoRoom, match=f"team:{WORKSPACE}/room has 100 tokens left of its cap of 1,000 tokens"):
+            guard.call(bound, **what).__enter__()
+        say(500)
+        wait_until(lambda: [left.left for left in guard.remaining()] == [500])
+        with guard.call(bound, **what) as call:
+            call.settle(Tokens(output=7))
+        assert guard.meter.flush(DEADLINE_S)
+        assert (guard.meter.stats.sent, guard.calls_in_flight) == (2, 0)
+
+
+def test_a_supervised_program_is_ended_with_its_group_and_the_halt_is_acknowledged(
+    control: Control, tmp_path: Path
+) -> None:
+    program = f"import pathlib, time; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)"
+    words = [sys.executable, "-m", "spendfuse", "guard", "exec", "--grace", "2", "--", sys.executable, "-c", program]
+    child = subprocess.Popen(
+        words, env=environment(control, "executed"), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_until((tmp_path / "up").exists)
+        halted_at = time.monotonic()
+        control.command(order("executed", "halt", 1, message="Daily cap of USD 50 reached."))
+        _, said = child.communicate(timeout=DEADLINE_S)
+    finally:
+        child.kill()
+    assert child.returncode == 75
+    assert "Daily cap of USD 50 reached" in said
+    assert time.monotonic() - halted_at < 10
+    states = []
+    for record in read_all(control, ACKS.name):
+        ack = Ack.model_validate_json(record)
+        if ack.scope.endswith("/executed/executed"):
+            states.append(ack.state)
+    assert states == ["received", "enforced"]
+    again = subprocess.run(
+        words, env=environment(control, "executed"), cwd=tmp_path, capture_output=True, text=True, check=False,
+        timeout=60,
+    )  # fmt: skip
+    assert again.returncode == 75
+    assert "it was not started" in again.stderr
+
+
+def test_the_mirror_says_what_is_halted_to_programs_that_cannot_speak_kafka(control: Control, tmp_path: Path) -> None:
+    file = tmp_path / "mirror.json"
+    env = environment(control, "mirrored", mirror_file=file)
+    command = [sys.executable, "-m", "spendfuse", "guard"]
+    scope = f"agent:{WORKSPACE}/mirrored/mirrored"
+
+    def ask() -> int:
+        return subprocess.run([*command, "check", scope, "-q"], env=env, check=False, timeout=60).returncode
+
+    assert ask() == 69
+    child = subprocess.Popen([*command, "mirror"], env=env, cwd=tmp_path)
+    try:
+        wait_until(file.exists)
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert ask() == 0
+        control.command(order("mirrored", "halt", 1), signer=FORGER)
+        control.command(order("mirrored", "halt", 2, scope=f"team:{WORKSPACE}/mirrored"))
+        wait_until(lambda: "mirrored" in file.read_text())
+        assert ask() == 1
+        control.command(order("mirrored", "resume", 3, scope=f"team:{WORKSPACE}/mirrored"))
+        wait_until(lambda: "mirrored" not in file.read_text())
+        assert ask() == 0
+        child.terminate()
+        assert child.wait(DEADLINE_S) == 0
+    finally:
+        child.kill()
+
+
+def read_all(control: Control, topic: str) -> list[bytes]:
+    async def read() -> list[bytes]:
+        consumer = AIOKafkaConsumer(bootstrap_servers=control.bootstrap, fetch_max_wait_ms=20)
+        await consumer.start()
+        try:
+            place = TopicPartition(topic, 0)
+            consumer.assign([place])
+            await consumer.seek_to_beginning(place)
+            end = (await consumer.end_offsets([place]))[place]
+            found: list[bytes] = []
+            give_up_at = time.monotonic() + DEADLINE_S
+            while await consumer.position(place) < end and time.monotonic() < give_up_at:
+                for records in (await consumer.getmany(timeout_ms=200)).values():
+                    found += [record.value for record in records]
+            return found
+        finally:
+            await consumer.stop()
+
+    return asyncio.run(read())

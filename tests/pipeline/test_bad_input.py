@@ -23,6 +23,7 @@ from spendfuse.wire.topics import (
     LEDGER,
     PACKED,
     PRICES,
+    REMAINING,
     ROLLUPS,
     TOPICS,
     USAGE,
@@ -292,7 +293,7 @@ def test_changed_bytes_on_any_topic_do_not_stop_the_worker(data: st.DataObject, 
 def test_bad_bytes_on_a_topic_are_said_and_the_worker_goes_on(topic: str, value: bytes | None) -> None:
     pipeline = driver()
     pipeline.put(topic, value, key=b"\xff\x00|", headers=[("spendfuse-reason", b"\xff"), ("", b"")])
-    silent = {HEARTBEATS.name, BATCHES.name, LEDGER.name, DEAD_LETTERS.name}  # the worker does not read these
+    silent = {HEARTBEATS.name, REMAINING.name, BATCHES.name, LEDGER.name, DEAD_LETTERS.name}  # unread
     tombstone = value is None and topic in {BUDGETS.name, PRICES.name}
     if topic not in silent and not tombstone:
         (dead,) = pipeline.dead_letters()

@@ -10,7 +10,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spendfuse.client.keys import BadSignature, Signer, Verifier, format_keys, generate, parse_keys
+from spendfuse.client.keys import (
+    BadSignature,
+    PublicKey,
+    Signer,
+    Verifier,
+    format_keys,
+    format_public_keys,
+    generate,
+    parse_keys,
+    parse_public_keys,
+)
 
 # The vector of facts/control-and-law.md, section 3: a test key, and a value of 748 bytes whatever its schema.
 PRIVATE = bytes(range(32))
@@ -158,3 +168,33 @@ def test_a_signing_key_is_exactly_one() -> None:
     other, _ = generate("b")
     with pytest.raises(ValueError, match="one kid=base64, not 2"):
         Signer.parse(f"{private},{other}")
+
+
+def test_a_key_with_an_end_proves_nothing_after_it_even_when_the_clock_is_set_back() -> None:
+    now = [0]
+    text = f"{format_keys({'sf-2026-11': PUBLIC})};until=1970-01-01T00:00:10Z"
+    verifier = Verifier.parse(text, lambda: now[0])
+    assert verifier.retiring == {"sf-2026-11"}
+    now[0] = 9_999_999
+    assert verifier.verify(TOPIC, KEY, VALUE, HEADER) == "sf-2026-11"
+    for now[0] in (10_000_000, 0):
+        with pytest.raises(BadSignature, match=r"retired at 1970-01-01T00:00:10\.000000Z"):
+            verifier.verify(TOPIC, KEY, VALUE, HEADER)
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", fullmatch=True),
+        st.builds(PublicKey, st.binary(min_size=32, max_size=32), st.none() | st.integers(0, 2**52)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_written_public_keys_are_read_back_with_their_ends(keys: dict[str, PublicKey]) -> None:
+    assert parse_public_keys(format_public_keys(keys)) == keys
+
+
+@pytest.mark.parametrize("end", ["", "tomorrow", "2026-12-01T00:00:00", "2026-12-01"])
+def test_an_end_that_is_no_instant_is_refused(end: str) -> None:
+    with pytest.raises(ValueError, match="a key's end is"):
+        parse_public_keys(f"{format_keys({'k': PUBLIC})};until={end}")

@@ -1,8 +1,12 @@
 """Calls in flight: held from started to finished or their deadline, and counted against caps."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from factories import AGENT, MINUTE, NOW, SECOND, Line, at, budget, cap, meter, packed, told, usage
 from spendfuse.engine.meter import HOLD_US_DEFAULT, HOLD_US_MAX
@@ -11,6 +15,9 @@ from spendfuse.engine.rollup import apply_rollup, held_by
 from spendfuse.engine.state import SharedState
 from spendfuse.wire.base import from_us
 from spendfuse.wire.rollup import Rollup
+
+if TYPE_CHECKING:
+    from spendfuse.wire.control import Command
 
 TEAM = "team:acme/research"
 MIDNIGHT = at("2026-11-24T00:00:00Z")
@@ -114,6 +121,99 @@ def test_a_call_that_started_just_before_midnight_counts_in_the_new_day() -> Non
     assert halt.window.start == from_us(MIDNIGHT)
 
 
+def test_a_halt_that_calls_in_flight_tripped_ends_with_them() -> None:
+    line = Line(budget(cap(100)))
+    assert told(line.spend(40)) == []
+    assert start(line, 60) == ["halt"]
+    (resume,) = line.spend(10, NOW + SECOND, id="x").commands
+    assert (resume.action, resume.reason) == ("resume", "calls in flight ended and left room")
+    assert told(line.spend(49)) == []
+    assert told(line.spend(1)) == ["halt"], "and spend trips it for good"
+    assert start(line, 50, id="z") == []
+    assert told(line.spend(0, id="z")) == []
+
+
+def test_a_halt_that_spend_reached_meanwhile_outlasts_the_calls_in_flight() -> None:
+    line = Line(budget(cap(100)))
+    assert start(line, 100) == ["halt"]
+    assert told(line.spend(100)) == []
+    assert told(line.spend(0, id="x")) == []
+
+
+def test_what_committed_still_calls_for_takes_the_halts_place_and_no_warning_is_said_again() -> None:
+    line = Line(budget(cap(100, warn=[3_000], degrade=6_000)))
+    assert told(line.spend(30)) == ["warn"]
+    assert start(line, 70) == ["halt"]
+    assert told(line.spend(31, id="x")) == ["degrade"]
+    assert start(line, 39, id="y") == ["halt"]
+    assert told(line.spend(0, id="y")) == ["degrade"]
+    other = Line(budget(cap(100, warn=[3_000])))
+    assert told(other.spend(30)) == ["warn"]
+    assert start(other, 70) == ["halt"]
+    assert told(other.spend(1, id="x")) == ["resume"]
+    assert told(other.spend(1)) == []
+
+
+def test_a_deadline_that_passes_rearms_although_nothing_more_is_emitted() -> None:
+    line = Line(budget(cap(100)))
+    assert start(line, 100, deadline=from_us(NOW + MINUTE)) == ["halt"]
+    assert line.meter.due.take(NOW + MINUTE - 1) == []
+    due = line.meter.due.take(NOW + MINUTE)
+    assert AGENT in due
+    effects = line.meter.passed(AGENT, line.policies, line.book, NOW + MINUTE)
+    assert effects is not None
+    assert told(effects) == ["resume"]
+    assert line.meter.passed(AGENT, line.policies, line.book, NOW + MINUTE) is None
+
+
+def test_a_shadow_budgets_trip_by_calls_in_flight_is_lifted_in_the_record_only() -> None:
+    line = Line(budget(cap(100), shadow=True))
+    assert start(line, 100) == ["alert shadow"]
+    effects = line.spend(1, id="x")
+    assert effects.commands == []
+    assert [command.action for command in effects.shadow] == ["resume"]
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["start", "finish", "wait"]), st.integers(0, 5), st.integers(0, 60)), max_size=40
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(STEPS, st.sampled_from(["day", "month"]))
+def test_a_fuse_is_tripped_exactly_while_committed_is_at_the_cap(
+    steps: list[tuple[str, int, int]], window: str
+) -> None:
+    """The oracle is a dict of calls in flight and one sum; what a guard obeys is the last command."""
+    line = Line(budget(cap(100, window)))
+    open_calls: dict[str, tuple[int, int]] = {}
+    spent, now, tripped, finished = 0, NOW, False, set()
+    for kind, nth, amount in steps:
+        name = f"call-{nth}"
+        commands: list[Command] = []
+        if kind == "wait":
+            now += amount * SECOND
+            for scope in line.meter.due.take(now):
+                effects = line.meter.passed(scope, line.policies, line.book, now)
+                commands += effects.commands if effects else []
+        elif kind == "start":
+            commands += line.spend(amount, now, kind="started", id=name, deadline=from_us(now + 30 * SECOND)).commands
+            if name not in finished:
+                before, until = open_calls.get(name, (0, 0))
+                before = before if until > now else 0
+                open_calls[name] = (max(before, amount), max(until, now + 30 * SECOND))
+        else:
+            commands += line.spend(amount, now, id=name).commands
+            open_calls.pop(name, None)
+            spent += amount if name not in finished else 0
+            finished.add(name)
+        for command in commands:
+            assert command.action == ("resume" if tripped else "halt")
+            tripped = not tripped
+        committed = spent + sum(bound for bound, until in open_calls.values() if until > now)
+        assert tripped == (committed >= 100)
+
+
 def shared(line: Line, state: SharedState, now_us: int, as_of: int) -> list[str]:
     rollup = line.meter.rollup(TEAM, as_of, now_us)
     assert rollup is not None
@@ -130,7 +230,7 @@ def test_holds_of_a_team_are_a_gauge_that_trips_and_runs_out_although_its_partit
     assert shared(line, state, NOW, 2) == ["halt"]
     assert held_by(state, NOW).nanos == 100
     assert held_by(state, NOW + 2 * MINUTE).nanos == 0
-    assert shared(line, state, NOW + MINUTE, 2) == []
+    assert shared(line, state, NOW + MINUTE, 2) == ["resume"]
     assert held_by(state, NOW + MINUTE).nanos == 40
 
 
@@ -147,9 +247,9 @@ def test_a_replay_of_started_and_finished_leaves_no_hold_behind() -> None:
 def test_a_trip_of_a_call_in_flight_is_known_again_after_a_crash_that_kept_the_ids_only() -> None:
     line = Line(budget(cap(100)))
     messages = [packed(usage(1, kind="started", output=100), 1), packed(usage(1, output=3), 2)]
-    (first,) = line.meter.apply(messages, line.policies, line.book, NOW).effects.commands
+    first = line.meter.apply(messages, line.policies, line.book, NOW).effects.commands
+    assert [command.action for command in first] == ["halt", "resume"]
     crashed = meter()
     crashed.seen = line.meter.seen
-    (again,) = crashed.apply(messages, line.policies, line.book, NOW).effects.commands
-    assert again == first
+    assert crashed.apply(messages, line.policies, line.book, NOW).effects.commands == first
     assert crashed.states == line.meter.states

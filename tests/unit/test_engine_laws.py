@@ -319,9 +319,12 @@ def test_more_spend_never_resumes_and_never_asks_for_less(made: list[Event], cut
         before = standing.get(command.key)
         if before is not None:
             assert command.seq > before.seq
-            assert strictness[command.action] >= strictness[before.action]
+            if strictness.get(command.action, -1) < strictness.get(before.action, -1):
+                assert before.measure.spend < before.measure.cap, "only what calls in flight tripped asks for less"
+                assert before.measure.committed > before.measure.spend
         standing[command.key] = command
-    if all(event.kind == "finished" for event in made):  # what calls in flight tripped may be lifted when they end
+    if all(event.kind == "finished" for event in made):  # only what calls in flight tripped is lifted when they end
+        assert all(command.action != "resume" for command in commands)
         for scope, state in states.items():
             assert reconsider_shared(scope, state, POLICIES, now_us=LATE, price_book="x") is None
 

@@ -7,9 +7,11 @@ const TOPIC = "spendfuse.commands.v1";
 const SIGNATURE = /^ed25519;kid=([A-Za-z0-9][A-Za-z0-9._+-]{0,63});([A-Za-z0-9+/]{86}==)$/;
 const TICK_MS = 1_000;
 
-// kid=base64[,kid=base64]: raw Ed25519 public keys, which Node takes as JWK.
+// kid=base64[;until=<when it ends>][,...]: raw Ed25519 public keys, which Node takes as JWK. One that has ended is left out.
 const keys = new Map(
-  required("PUBLIC_KEYS").split(/[,\s]+/).filter(Boolean).map((item) => {
+  required("PUBLIC_KEYS").split(/[,\s]+/).filter(Boolean).map((item) => item.split(";until=")).filter(
+    ([, until]) => until === undefined || Date.parse(until) > Date.now(),
+  ).map(([item]) => {
     const equals = item.indexOf("=");
     const x = Buffer.from(item.slice(equals + 1), "base64").toString("base64url");
     return [item.slice(0, equals), createPublicKey({ key: { kty: "OKP", crv: "Ed25519", x }, format: "jwk" })];

@@ -12,6 +12,8 @@ from spendfuse.cli import (
     control,
     demo,
     doctor,
+    guard,
+    incidents,
     keys,
     report,
     status,
@@ -63,6 +65,8 @@ budgets.register(app)
 status.register(app)
 usage.register(app)
 control.register(app)
+incidents.register(app)
+guard.register(app)
 keys.register(app)
 audit.register(app)
 audit_admin.register(app)

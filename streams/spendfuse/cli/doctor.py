@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from spendfuse.cli.target import Target
     from spendfuse.client.follow import Record
-    from spendfuse.client.keys import Signer
+    from spendfuse.client.keys import PublicKey, Signer
     from spendfuse.wire.control import Heartbeat
 
 PACKAGES: Final = (
@@ -86,7 +86,7 @@ def versions() -> Check:
 
 def key_checks(where: "Target") -> list[Check]:
     """Check that the keys parse, and that the private one is among those guards know."""
-    from spendfuse.client.keys import Signer, parse_keys
+    from spendfuse.client.keys import Signer, parse_public_keys
     from spendfuse.settings import SettingsError
 
     try:
@@ -95,7 +95,7 @@ def key_checks(where: "Target") -> list[Check]:
         return [Check("keys", "failed", str(error).replace("\n", " "), "correct the variable")]
     private = operator.signing_key.get_secret_value()
     try:
-        public = parse_keys(operator.public_keys) if operator.public_keys else {}
+        public = parse_public_keys(operator.public_keys) if operator.public_keys else {}
     except ValueError as error:
         return [Check("public keys", "failed", str(error), "correct SPENDFUSE_PUBLIC_KEYS")]
     known = (
@@ -111,12 +111,21 @@ def key_checks(where: "Target") -> list[Check]:
         return [known, Check("signing key", "failed", str(error), "correct SPENDFUSE_SIGNING_KEY(_FILE)")]
 
 
-def _pair(signer: "Signer", public: dict[str, bytes]) -> Check:
+def _pair(signer: "Signer", public: "dict[str, PublicKey]") -> Check:
+    from spendfuse.client.clock import wall_clock
+    from spendfuse.wire.base import from_us, rfc3339
+
     if not public:
         return Check("signing key", "warning", signer.kid, "set SPENDFUSE_PUBLIC_KEYS to check the pair")
-    if public.get(signer.kid) != signer.public_bytes:
+    known = public.get(signer.kid)
+    if known is None or known.raw != signer.public_bytes:
         advice = "give guards this key's public part, or they refuse every command"
         return Check("signing key", "failed", f"{signer.kid} is not among the public keys", advice)
+    if known.until_us is not None:
+        ended = known.until_us <= wall_clock()
+        found = f"{signer.kid} {'ended' if ended else 'ends'} at {rfc3339(from_us(known.until_us))}"
+        advice = "sign with the new key: see `spendfuse keys rotate`"
+        return Check("signing key", "failed" if ended else "warning", found, advice)
     return Check("signing key", "ok", f"{signer.kid}, and guards know it")
 
 

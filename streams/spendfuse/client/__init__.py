@@ -14,21 +14,27 @@ Tokens(input=200, cache_read=0, cache_write_5m=0, cache_write_1h=0, output=100, 
 >>> meter.close(timeout_s=0)  # False: no broker was there to take it, and a warning said so
 False
 
-And before each call: `guard = Guard.from_env()` once, then `guard.check()`, which raises `Halted`.
+And before each call: `guard = Guard.from_env()` once, then `guard.check()`, which raises `Halted`; or
+`guard.call(...)`, which also announces the call, refuses one that does not fit, and settles it (see `calls`).
 """
 
+from spendfuse.client.calls import Call
 from spendfuse.client.extract import Extracted, from_anthropic, from_gemini, from_openai_chat, from_openai_responses
-from spendfuse.client.guard import Guard, GuardState, Halted
+from spendfuse.client.guard import Guard, GuardState, Left
+from spendfuse.client.halted import Halted, NoRoom
 from spendfuse.client.meter import Meter, MeterStats
 from spendfuse.wire.usage import Tokens, Usage
 
 __all__ = [
+    "Call",
     "Extracted",
     "Guard",
     "GuardState",
     "Halted",
+    "Left",
     "Meter",
     "MeterStats",
+    "NoRoom",
     "Tokens",
     "Usage",
     "from_anthropic",

@@ -8,6 +8,8 @@ Clock = Callable[[], int]
 """Returns the present event time in microseconds since the epoch."""
 
 SCALED: Final = "scaled:"
+CLOCK_SLACK_US: Final = 5_000_000
+"""How far a clock may be ahead of the workers' before it is not believed: a heartbeat may be that long on its way."""
 FACTOR_MAX: Final = 1_000_000
 """Fastest clock: a million event seconds in one of the machine's."""
 
@@ -47,6 +49,35 @@ class ScaledClock:
 
     def __repr__(self) -> str:
         return f"ScaledClock({self._wall_start_us}, {self._event_start_us}, {self.factor})"
+
+
+class TrustedTime:
+    """The time by which a halt may lapse: a clock that was set forward must not end one early.
+
+    A clock is checked against the workers' (their heartbeats say what it is there), counted on by the monotonic
+    clock; without any, against itself at the start. Where they differ by more than a heartbeat's way explains, the
+    earlier time counts: a halt may last too long then, never too short.
+    """
+
+    __slots__ = ("_anchor_ns", "_anchor_us", "_clock", "_factor")
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._factor = getattr(clock, "factor", 1)
+        self._anchor_us = clock()
+        self._anchor_ns = time.monotonic_ns()
+
+    def hear(self, worker_us: int) -> None:
+        """Take in what a worker's clock says now, in microseconds since the epoch."""
+        self._anchor_us = worker_us
+        self._anchor_ns = time.monotonic_ns()
+
+    def now_us(self) -> int:
+        """Return the time in microseconds since the epoch."""
+        said_us = self._clock()
+        elapsed_us = (time.monotonic_ns() - self._anchor_ns) // 1_000
+        counted_us = self._anchor_us + elapsed_us * self._factor
+        return said_us if said_us - counted_us <= CLOCK_SLACK_US * self._factor else counted_us
 
 
 def parse_clock(text: str) -> Clock:

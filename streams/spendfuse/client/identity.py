@@ -60,6 +60,11 @@ class Identity:
         )
 
     @property
+    def agent_path(self) -> str:
+        """Return `workspace/team/agent`, the Kafka key of its usages."""
+        return f"{self.workspace}/{self.team}/{self.agent}"
+
+    @property
     def agent_scope(self) -> str:
         """Return `agent:workspace/team/agent`."""
         return agent_scope(self.workspace, self.team, self.agent)

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple, Self
 
 from spendfuse.client.background import BACKGROUND
 from spendfuse.client.clock import Clock, parse_clock, wall_clock
+from spendfuse.client.emitted import EMITTED
 from spendfuse.client.environment import check_names, own
 from spendfuse.client.identity import Identity
 from spendfuse.client.outbox import Message, Outbox
@@ -121,9 +122,39 @@ class Meter:
         }
         if tokens is not None and any(counters.values()):
             raise ValueError("give tokens, or single counters, not both")
-        identity = self.identity
-        usage = Usage(
+        usage = self.usage(
+            provider=provider,
+            model=model,
+            tokens=tokens if tokens is not None else Tokens(**counters),
             id=id if id is not None else f"{SOURCE}:{uuid.uuid4().hex}",
+            ts=ts,
+            kind=kind,
+            deadline=deadline,
+            tier=tier,
+            workflow=workflow,
+            tags=tags,
+        )
+        self.emit(usage)
+        return usage
+
+    def usage(
+        self,
+        *,
+        provider: str,
+        model: str,
+        tokens: Tokens,
+        id: str,  # noqa: A002 - the name on the wire
+        ts: datetime | None = None,
+        kind: Kind = "finished",
+        deadline: datetime | None = None,
+        tier: str = "standard",
+        workflow: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Usage:
+        """Return a usage of this meter's agent and run without emitting it. Raises ValueError as `record` does."""
+        identity = self.identity
+        return Usage(
+            id=id,
             ts=ts if ts is not None else from_us(self._clock()),
             kind=kind,
             workspace=identity.workspace,
@@ -136,16 +167,15 @@ class Meter:
             provider=provider,
             model=model,
             tier=tier,
-            tokens=tokens if tokens is not None else Tokens(**counters),
+            tokens=tokens,
             deadline=deadline,
             source=SOURCE,
             tags=dict(tags or {}),
         )
-        self.emit(usage)
-        return usage
 
     def emit(self, usage: Usage) -> None:
         """Emit a usage, of any agent. After `close` it is dropped, counted and warned of."""
+        EMITTED.tell(usage)  # before it is stamped: a guard's count must not be later than the usage
         if not self._outbox.put(usage):
             self._say_dropped("it was emitted after the meter was closed")
 

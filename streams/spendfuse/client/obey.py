@@ -69,14 +69,16 @@ NOTHING: Final = Verdict((), (), None)
 class Obedience:
     """The commands that rule a set of scopes."""
 
-    def __init__(self, scopes: Sequence[str]) -> None:
-        self._rank = {scope: rank for rank, scope in enumerate(scopes)}
+    def __init__(self, scopes: Sequence[str] | None) -> None:
+        """`scopes` in the order in which their rulings are named; None for every scope there is."""
+        self._all = scopes is None
+        self._rank = {scope: rank for rank, scope in enumerate(scopes or ())}
         self._rulings: dict[str, Command] = {}
         self._warnings: dict[str, Command] = {}
 
     def concerns(self, scope: str) -> bool:
         """Say whether commands for a scope rule this guard."""
-        return scope in self._rank
+        return self._all or scope in self._rank
 
     def apply(self, command: Command) -> Applied:
         """Take in a command whose signature and key are known to be right; say what it was worth."""
@@ -99,7 +101,7 @@ class Obedience:
         ]
         if not holding:
             return NOTHING
-        holding.sort(key=lambda command: (self._rank[command.scope], command.key))
+        holding.sort(key=lambda command: (self._rank.get(command.scope, 0), command.key))
         return Verdict(
             tuple(command for command in holding if command.action == "halt"),
             tuple(command for command in holding if command.action == "degrade"),

@@ -5,10 +5,11 @@ import signal
 import threading
 import time
 from multiprocessing.connection import Connection
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from spendfuse.client.clock import ScaledClock, parse_clock
-from spendfuse.client.guard import Guard, GuardState, Halted
+from spendfuse.client.guard import Guard, GuardState
+from spendfuse.client.halted import Halted
 from spendfuse.client.meter import Meter
 from spendfuse.demo.plan import MODEL, PROVIDER, ROOT_RUN, TEAM, WEEKEND_US, WORKFLOW, WORKSPACE, AgentPlan
 from spendfuse.engine.windows import SECOND_US
@@ -34,12 +35,13 @@ class AgentReport(NamedTuple):
 def run_agent(plan: AgentPlan, pipe: Connection) -> None:
     """Say `ready` through the pipe, receive the weekend's start (event time, us), live it, and send the report."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo, which ends its agents
-    names = {"workspace": WORKSPACE, "team": TEAM, "agent": plan.name}
+    names: dict[str, Any] = {"workspace": WORKSPACE, "team": TEAM, "agent": plan.name}
     names |= {"run": f"{ROOT_RUN}-{plan.name}", "root_run": ROOT_RUN, "parent_run": ROOT_RUN}
     clock = parse_clock(ClockSettings.from_env().clock)
     if not isinstance(clock, ScaledClock):
         raise TypeError("an agent of the demo needs a scaled clock in SPENDFUSE_CLOCK")
-    with Guard.from_env(**names) as guard, Meter.from_env(**names) as meter:
+    # Its halts are of a weekend that is over: nothing to keep.
+    with Guard.from_env(**names, guard_dir="off") as guard, Meter.from_env(**names) as meter:
         deadline = time.monotonic() + SYNC_TIMEOUT_S
         while guard.state is not GuardState.LIVE and time.monotonic() < deadline:
             time.sleep(SYNC_STEP_S)

@@ -2,10 +2,16 @@
 
 Source of the rules: design.md section 5. More spend never rearms; a raised budget or a correction does
 (`reconsider`), and a window's end does by itself, since commands expire.
+
+Calls in flight count, so they may trip a fuse that spend alone would not, and what they tripped must not outlast them.
+The rule: an order whose spend was below its line when it fired (`Fired.held`) is withdrawn as soon as committed is
+below that line, because the calls used less than they held, were given up, or passed their deadlines. What committed
+still calls for takes its place (degrade), else a resume; a warning is neither withdrawn nor said again. An order that
+spend alone reached is never withdrawn this way: spend does not fall within a window, so committed stays above its line.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -37,6 +43,7 @@ FIRED_MAX: Final = 256
 SEQ_KEPT_US: Final = 45 * 86_400_000_000
 """How long a withdrawn budget's sequence is remembered: as long as its commands lie in their topic."""
 SHADOW: Final = "shadow "
+CALLS_ENDED: Final = "calls in flight ended and left room"
 
 
 class CausedBy(NamedTuple):
@@ -112,7 +119,54 @@ def decide(
                 continue
             effects = effects or Effects()
             _fire(scope, crossing, fuse, cause, effects, now_us=now_us, price_book=price_book)
+        known = fuses.get(limit.key)
+        if known is not None and _outlasts(limit, spend, held, known, now_us):
+            effects = effects or Effects()
+            _release(scope, limit, spend, held, known, cause, effects, now_us=now_us, price_book=price_book)
     return effects
+
+
+def _outlasts(limit: Limit, spend: Spend, held: Held, fuse: Fuse, now_us: int) -> bool:
+    """Say whether the order a guard obeys stood on calls in flight, and these are no longer there."""
+    if not any(fired.held for fired in fuse.fired.values()):
+        return False
+    standing = _standing(fuse, now_us)
+    key = max(standing, key=lambda name: standing[name][:2], default=None)
+    if key is None or not standing[key].held or standing[key].order.endswith("warn"):
+        return False
+    crossing = _crossing_of_key(key, limit, spend, held, now_us)
+    return crossing.committed * BASIS_POINTS < standing[key].fraction * limit.cap.amount
+
+
+def _release(
+    scope: str,
+    limit: Limit,
+    spend: Spend,
+    held: Held,
+    fuse: Fuse,
+    cause: CausedBy,
+    effects: Effects,
+    *,
+    now_us: int,
+    price_book: str,
+) -> None:
+    """Withdraw an order that outlasted the calls in flight it stood on; what they still call for takes its place."""
+    standing = _standing(fuse, now_us)
+    told = max(standing.values(), key=lambda fired: fired[:2])
+    wanted = _wanted(_crossings(limit, spend, held, now_us, now_us, every_window=True), now_us)
+    _clear(fuse, standing)
+    if wanted is None or wanted.action == "warn":
+        budget = limit.budget
+        _lift(
+            scope, budget.id, budget.version, limit.cap.id, fuse, effects, now_us, CALLS_ENDED,
+            shadow=not _is_live(standing), seq_us=cause.ts_us,
+        )  # fmt: skip
+        if wanted is not None:
+            _remember(fuse, wanted, now_us)  # it was warned of on the way up
+    elif told.order == _order(limit, wanted.action) and wanted.fraction < told.fraction:
+        _remember(fuse, wanted, now_us)
+    else:
+        _fire(scope, wanted, fuse, cause, effects, now_us=now_us, price_book=price_book)
 
 
 def reconsider(
@@ -166,15 +220,15 @@ def _reconsider_limit(
     now_us: int,
     price_book: str,
 ) -> None:
-    running = [crossing for crossing in crossings if crossing.action is not None and crossing.window.end_us > now_us]
-    wanted = max(running, key=lambda crossing: (crossing.fraction, crossing.until_us), default=None)
+    wanted = _wanted(crossings, now_us)
     fuse = fuses.get(limit.key)
     standing = {} if fuse is None else _standing(fuse, now_us)
     strictest = max(standing, key=lambda key: standing[key][:2], default=None)
     budget, cap_id = limit.budget, limit.cap.id
     if fuse is not None and strictest is not None:
         told = standing[strictest]
-        if wanted is not None and strictest == wanted.window.key and told == _fired(wanted)._replace(until_us=told[1]):
+        same = _fired(wanted)._replace(until_us=told.until_us, held=told.held) if wanted is not None else None
+        if wanted is not None and strictest == wanted.window.key and told == same:
             if told.until_us != wanted.until_us:  # a rolling sum falls below a changed cap at another time
                 _fire(scope, wanted, fuse, NOBODY._replace(ts_us=now_us), effects, now_us=now_us, price_book=price_book)
             return
@@ -240,6 +294,21 @@ def deny_unknown_model(
         )
         _deliver(command, window, budget, effects, now_us)
     return effects
+
+
+def _wanted(crossings: Iterable[_Crossing], now_us: int) -> _Crossing | None:
+    """Return the strictest of what the windows that have not ended call for."""
+    running = [crossing for crossing in crossings if crossing.action is not None and crossing.window.end_us > now_us]
+    return max(running, key=lambda crossing: (crossing.fraction, crossing.until_us), default=None)
+
+
+def _crossing_of_key(key: str, limit: Limit, spend: Spend, held: Held, now_us: int) -> _Crossing:
+    rolling_s = limit.cap.window.rolling_s
+    if rolling_s is not None:
+        return _crossing(
+            limit, Window(key, now_us, FOREVER_US), spend.in_rolling(rolling_s, now_us), held, spend, now_us
+        )
+    return _crossing(limit, window_of_key(key), spend.in_window(key), held, spend, now_us)
 
 
 def _crossings(
@@ -388,8 +457,9 @@ def _lift(
     reason: str,
     *,
     shadow: bool,
+    seq_us: int | None = None,
 ) -> None:
-    fuse.seq = _next_seq(fuse.seq, now_us)
+    fuse.seq = _next_seq(fuse.seq, now_us if seq_us is None else seq_us)
     command = Command(
         id=_command_id(scope, budget_id, cap_id, version, "", "resume", fuse.seq),
         seq=fuse.seq,
@@ -435,7 +505,8 @@ def _unknown_model_order(budget: Budget, price_book: str) -> str:
 
 
 def _fired(crossing: _Crossing) -> Fired:
-    return Fired(crossing.fraction, crossing.until_us, _order(crossing.limit, crossing.action))
+    alone = crossing.spend * BASIS_POINTS >= crossing.fraction * crossing.limit.cap.amount
+    return Fired(crossing.fraction, crossing.until_us, _order(crossing.limit, crossing.action), held=not alone)
 
 
 def _remember(fuse: Fuse, crossing: _Crossing, now_us: int) -> None:

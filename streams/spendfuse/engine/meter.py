@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from spendfuse.engine.decide import CausedBy, Effects, Held, decide, deny_unknown_model, reconsider
+from spendfuse.engine.decide import NOBODY, CausedBy, Effects, Held, decide, deny_unknown_model, reconsider
+from spendfuse.engine.due import Due
 from spendfuse.engine.ids import SeenIds, usage_digest
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.prices import Charge, PriceBook
+from spendfuse.engine.remaining import remaining_of, rolls_at
 from spendfuse.engine.spend import Hold
 from spendfuse.engine.state import NOTED_MAX, ScopeState
 from spendfuse.engine.windows import calendar_window
@@ -20,6 +22,7 @@ from spendfuse.wire.control import Alert, Cause
 from spendfuse.wire.ledger import Charge as WireCharge
 from spendfuse.wire.ledger import LedgerEntry
 from spendfuse.wire.packed import Origin, PackedUsage
+from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
 from spendfuse.wire.scopes import agent_scope, scope_kind, shared_scopes
 from spendfuse.wire.topics import USAGE
@@ -65,6 +68,7 @@ class PartitionMeter:
         self.seen = seen
         self.states: dict[str, ScopeState] = {}
         self.causes: dict[str, CausedBy] = {}
+        self.due = Due()
         self._load = load
 
     def state(self, scope: str) -> ScopeState:
@@ -147,7 +151,8 @@ class PartitionMeter:
                 # Progress beyond the bound raises the hold; below it the bound stands. Only a deadline extends it.
                 until_us = max(known.deadline_us, deadline_us) if usage.deadline else known.deadline_us
                 hold = Hold(max(bound.nanos, known.nanos), max(bound.tokens, known.tokens), until_us)
-            state.spend.hold(call, hold, now_us)
+            if state.spend.hold(call, hold, now_us):
+                self.due.watch(scope, hold.deadline_us)
         self._judge_agent(agent, step, policies, outcome)
 
     def _step(self, usage: Usage, origin: Origin, produced_at_ms: int, book: PriceBook, now_us: int) -> _Step:
@@ -224,6 +229,41 @@ class PartitionMeter:
             now_us=now_us,
             price_book=book.version,
             denying=policies.denying,
+        )
+
+    def watch(self, scope: str) -> None:
+        """Have a scope looked at again when the next of its holds passes its deadline."""
+        spend = self.state(scope).spend
+        next_us = min((hold.deadline_us for hold in spend.holds.values()), default=None)
+        if next_us is not None:
+            self.due.watch(scope, next_us)
+
+    def passed(self, scope: str, policies: Policies, book: PriceBook, now_us: int) -> Effects | None:
+        """Judge a scope whose time came: holds past their deadlines are forgotten, and what they tripped rearms."""
+        state = self.state(scope)
+        state.spend.release_expired(now_us)
+        self.watch(scope)
+        if scope_kind(scope) != "agent":
+            return None  # its partitions' sum decides, where the rollup is
+        held = Held(*state.spend.held(now_us))
+        cause = NOBODY._replace(ts_us=now_us)
+        policy = policies.of(scope)
+        return decide(scope, policy, state.spend, held, state.fuses, cause, now_us=now_us, price_book=book.version)
+
+    def remaining(self, scope: str, policies: Policies, now_us: int) -> list[Remaining]:
+        """Return what is left of the caps of an agent, and have it looked at again when a rolling sum falls."""
+        state = self.state(scope)
+        cause = self.causes.get(scope)
+        rolls_us = rolls_at(policies.of(scope), state.spend, now_us)
+        if rolls_us is not None:
+            self.due.watch(scope, rolls_us)
+        return remaining_of(
+            scope,
+            policies.of(scope),
+            state.spend,
+            Held(*state.spend.held(now_us)),
+            now_us=now_us,
+            as_of_ms=cause.produced_at_ms if cause else -1,
         )
 
     def rollup(self, scope: str, as_of: int, now_us: int) -> Rollup | None:

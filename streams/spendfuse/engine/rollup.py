@@ -4,11 +4,13 @@ A share overwrites what its partition said before, and an older one never replac
 so that a replay changes nothing.
 """
 
-from spendfuse.engine.decide import CausedBy, Effects, Held, decide, reconsider
+from spendfuse.engine.decide import NOBODY, CausedBy, Effects, Held, decide, reconsider
 from spendfuse.engine.policies import Policies
+from spendfuse.engine.remaining import remaining_of
 from spendfuse.engine.spend import Spend, merged
 from spendfuse.engine.state import Part, SharedState
 from spendfuse.wire.base import to_us
+from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
 
 
@@ -41,6 +43,31 @@ def apply_rollup(
         price_book=price_book,
         every_window=True,
     )
+
+
+def passed_shared(
+    scope: str, state: SharedState, policies: Policies, *, now_us: int, price_book: str
+) -> Effects | None:
+    """Judge a shared scope whose calls in flight have run out: what they tripped rearms."""
+    return decide(
+        scope,
+        policies.of(scope),
+        merged(part.spend for part in state.parts.values()),
+        held_by(state, now_us),
+        state.fuses,
+        NOBODY._replace(ts_us=now_us),
+        now_us=now_us,
+        price_book=price_book,
+        every_window=True,
+    )
+
+
+def remaining_shared(
+    scope: str, state: SharedState, policies: Policies, *, now_us: int, as_of_ms: int
+) -> list[Remaining]:
+    """Return what is left of the caps of a shared scope, over all its partitions."""
+    spend = merged(part.spend for part in state.parts.values())
+    return remaining_of(scope, policies.of(scope), spend, held_by(state, now_us), now_us=now_us, as_of_ms=as_of_ms)
 
 
 def reconsider_shared(

@@ -12,12 +12,14 @@ NOTED_MAX: Final = 256
 class Fired(NamedTuple):
     """The highest threshold that fired in one window (1/10,000 of the cap), until when it stands, and what was ordered.
 
-    `order` is the action, with a digest of what degrading means; `shadow ...` when it was decided and not sent.
+    `order` is the action, with a digest of what degrading means; `shadow ...` when it was decided and not sent. `held`
+    says that spend alone was below the threshold: calls in flight tripped it, and their end may rearm it.
     """
 
     fraction: int
     until_us: int
     order: str = ""
+    held: bool = False
 
 
 @dataclass(slots=True)
@@ -61,3 +63,7 @@ class SharedState:
 
     parts: dict[int, Part] = field(default_factory=dict)
     fuses: dict[str, Fuse] = field(default_factory=dict)
+
+    def held_until_us(self, now_us: int) -> int | None:
+        """Return when calls in flight of some partition next run out, None when none are held."""
+        return min((part.held_until_us for part in self.parts.values() if part.held_until_us > now_us), default=None)

@@ -11,21 +11,24 @@ import faust
 from mode import CrashingSupervisor, Service
 
 from spendfuse.adapters import price_book_file
-from spendfuse.client.clock import Clock, parse_clock
-from spendfuse.client.keys import Signer
+from spendfuse.client.clock import Clock, ScaledClock, parse_clock
+from spendfuse.client.keys import PublicKey, Signer, Verifier, parse_public_keys
 from spendfuse.pipeline import faust_cures
 from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.meter import MeterStage, MeterTables
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, Outbox, SourceRecord
+from spendfuse.pipeline.register import Register
 from spendfuse.pipeline.rollup import RollupStage
 from spendfuse.pipeline.services import KafkaOutbox, Services
+from spendfuse.pipeline.violations import Violations
 from spendfuse.settings import BrokerSettings, ClockSettings, SettingsError, WorkerSettings
 from spendfuse.wire.prices import PriceBookFile
 from spendfuse.wire.topics import PACKED, ROLLUPS, Topic
 
 RAW: Final = {"key_type": bytes, "value_type": bytes, "key_serializer": "raw", "value_serializer": "raw"}
 SECONDS_PER_MS: Final = 0.001
+SECOND_US: Final = 1_000_000
 COMMIT_INTERVAL_S: Final = 1.0
 POLL_RECORDS_MAX: Final = 1_000
 
@@ -76,7 +79,9 @@ def create_app(
     app = _faust_app(broker, settings)
     outbox = KafkaOutbox(broker)
     feed = PolicyFeed(_price_book(settings))
-    publisher = Publisher(outbox, _signer(settings), settings.partitions)
+    signer = _signer(settings)
+    publisher = Publisher(outbox, signer, settings.partitions)
+    register = Register(_verifier(signer, settings))
     emitter = f"{settings.app_id}/{socket.gethostname()[:48]}/{os.getpid()}"
     services = Services(
         broker=broker,
@@ -86,6 +91,7 @@ def create_app(
         feed=feed,
         clock=clock,
         emitter=emitter,
+        register=register,
     )
     services.on_ready = on_ready
     services.is_live = lambda: not (app.rebalancing or app.tables.recovery.in_recovery)
@@ -94,7 +100,9 @@ def create_app(
         services.budgets_changed.set()  # whoever had these partitions may have gone before it knew the last change
 
     app.on_rebalance_complete.connect(judge_again)
-    meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services)
+    factor = clock.factor if isinstance(clock, ScaledClock) else 1  # the grace is for what takes real time
+    violations = Violations(register.halts, int(settings.violation_grace_s * SECOND_US) * factor)
+    meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services, violations)
     _run_beside(app, services, settings, meter, rollup)
     return app
 
@@ -162,6 +170,17 @@ def _signer(settings: WorkerSettings) -> Signer | None:
     )
 
 
+def _verifier(signer: Signer | None, settings: WorkerSettings) -> Verifier | None:
+    """Return what knows a genuine command: our own key, and those that operators and former workers sign with."""
+    if signer is None:
+        return None
+    try:
+        further = parse_public_keys(settings.public_keys) if settings.public_keys else {}
+        return Verifier(further | {signer.kid: PublicKey(signer.public_bytes)})
+    except ValueError as error:
+        raise SettingsError(f"SPENDFUSE_PUBLIC_KEYS cannot be used: {error}") from error
+
+
 def _topic(app: Any, topic: Topic, partitions: int) -> Any:
     return app.topic(topic.name, partitions=partitions, internal=False, **RAW)
 
@@ -174,6 +193,7 @@ def _agents(
     feed: PolicyFeed,
     clock: Clock,
     services: Services,
+    violations: Violations,
 ) -> tuple[MeterStage, RollupStage]:
     def table(name: str) -> FaustTable:
         return FaustTable(app.Table(name, key_type=bytes, value_type=bytes, partitions=settings.partitions), outbox)
@@ -188,6 +208,7 @@ def _agents(
         feed=feed,
         clock=clock,
         generation=generation,
+        violations=violations,
     )
     rollup = RollupStage(table=table("shared"), publisher=publisher, feed=feed, clock=clock, generation=generation)
 

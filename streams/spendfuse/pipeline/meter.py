@@ -15,17 +15,21 @@ from spendfuse.client.clock import Clock
 from spendfuse.engine.ids import SLOTS, SeenIds
 from spendfuse.engine.meter import Outcome, PartitionMeter
 from spendfuse.engine.state import ScopeState
+from spendfuse.pipeline.board import Board
 from spendfuse.pipeline.codec import decode_scope, encode_scope
 from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.intake import reason
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord, Table
 from spendfuse.pipeline.routing import split_state_key, state_key
+from spendfuse.pipeline.violations import Violations
 from spendfuse.wire.base import from_us
 from spendfuse.wire.control import Command
 from spendfuse.wire.ledger import LedgerEntry
 from spendfuse.wire.packed import Packed
+from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
+from spendfuse.wire.scopes import scope_kind
 
 UNACKED_MAX: Final = 500
 """Most packed messages whose effects are not yet durable; at this many the meter flushes before it reads on."""
@@ -77,6 +81,7 @@ class MeterStage:
         feed: PolicyFeed,
         clock: Clock,
         generation: Callable[[], int],
+        violations: Violations,
     ) -> None:
         """Take the ports; `generation` changes whenever partitions are assigned anew."""
         self.counters = Counters()
@@ -85,10 +90,12 @@ class MeterStage:
         self._feed = feed
         self._clock = clock
         self._generation = generation
+        self._violations = violations
         self._current = generation()
         self._partitions: dict[int, _Pending] = {}
         self._unacked: list[SourceRecord] = []
         self._deliveries: list[Delivery] = []
+        self._board = Board()
         self._flushing = asyncio.Lock()
         # Held from the change of a state until all it led to is handed over: a flush in between would make the state
         # durable without its commands and ledger entries, and a crash would lose them.
@@ -119,6 +126,8 @@ class MeterStage:
         deliveries = await self._publisher.effects(outcome.effects)
         entries = outcome.entries + _decisions(outcome.effects.shadow, record, now_us)
         deliveries += await self._publisher.ledger(record.partition, f"{record.partition}/{record.offset}", entries)
+        for alert in self._violations.on_charges(outcome.entries, now_us):
+            deliveries.append(await self._publisher.alert(alert))
         return deliveries
 
     async def publish_rollups(self) -> None:
@@ -141,13 +150,16 @@ class MeterStage:
             async with self._changing:
                 self._drop_if_reassigned()
                 generation = self._current
+                await self._look_again()
                 unacked, self._unacked = self._unacked, []
                 deliveries, self._deliveries = self._deliveries, []
                 # In one step: what is written is what led to `deliveries`, and nothing later.
                 rollups, writes = self._take_dirty()
                 deliveries += [await self._publisher.rollup(rollup) for rollup in rollups]
-            if not (unacked or deliveries or writes):
+                left = self._take_remaining()
+            if not (unacked or deliveries or writes or left):
                 return
+            deliveries += [await self._publisher.remaining(each) for each in left]
             await asyncio.gather(*deliveries)
             if generation != self._generation():
                 return  # no longer ours: the new owner reads it again, and writes it
@@ -163,17 +175,41 @@ class MeterStage:
         now_us = self._clock()
         rollups: list[Rollup] = []
         writes: list[_Write] = []
+        policies = self._feed.policies
         for partition, pending in self._partitions.items():
             shares = (pending.meter.rollup(scope, pending.as_of, now_us) for scope in pending.unpublished)
             rollups += [share for share in shares if share is not None]
             pending.unpublished.clear()
             for scope in pending.dirty:
+                if scope_kind(scope) == "agent" and policies.of(scope).limits:
+                    self._board.touch((partition, scope))
                 value = encode_scope(pending.meter.state(scope))
                 writes.append((self._tables.scopes, partition, state_key(partition, scope), value))
             for slot, value in pending.meter.seen.take_dirty().items():
                 writes.append((self._tables.ids, partition, state_key(partition, str(slot)), value))
             pending.dirty.clear()
         return rollups, writes
+
+    async def _look_again(self) -> None:
+        """Judge the scopes about which time alone changed something: deadlines of calls in flight, rolling sums."""
+        now_us = self._clock()
+        for partition, pending in self._partitions.items():
+            for scope in pending.meter.due.take(now_us):
+                effects = pending.meter.passed(scope, self._feed.policies, self._feed.book, now_us)
+                pending.dirty.add(scope)
+                pending.unpublished.add(scope)
+                self._board.touch((partition, scope))
+                if effects is not None:
+                    self._deliveries += await self._publisher.effects(effects)
+                    self.counters.commands += len(effects.commands)
+
+    def _take_remaining(self) -> list[Remaining]:
+        now_us = self._clock()
+        left: list[Remaining] = []
+        for partition, scope in self._board.take(now_us):
+            found = self._pending(partition).meter.remaining(scope, self._feed.policies, now_us)
+            left += self._board.publish((partition, scope), found, now_us)
+        return left
 
     async def reconsider(self, owned: set[int]) -> None:
         """Judge every agent of the partitions owned again, after budgets or prices changed.
@@ -195,6 +231,9 @@ class MeterStage:
     async def _reconsider_agent(self, partition: int, scope: str) -> None:
         pending = self._pending(partition)
         effects = pending.meter.reconsider(scope, self._feed.policies, self._feed.book, self._clock())
+        pending.meter.watch(scope)
+        if self._feed.policies.of(scope).limits or self._board.knows((partition, scope)):
+            self._board.touch((partition, scope))
         if effects is not None:
             pending.dirty.add(scope)
             self._deliveries += await self._publisher.effects(effects)
@@ -204,6 +243,7 @@ class MeterStage:
         generation = self._generation()
         if generation != self._current:
             self._partitions, self._unacked, self._deliveries = {}, [], []
+            self._board = Board()
             self._current = generation
 
     def _pending(self, partition: int) -> _Pending:

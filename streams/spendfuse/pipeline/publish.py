@@ -7,14 +7,16 @@ from spendfuse.client.keys import Signer
 from spendfuse.engine.decide import Effects
 from spendfuse.pipeline.intake import REASON_CHARS_MAX, Round
 from spendfuse.pipeline.records import Delivery, Headers, Outbox, SourceRecord
+from spendfuse.pipeline.register import Kept
 from spendfuse.pipeline.routing import partition_of
 from spendfuse.wire.base import from_us
 from spendfuse.wire.cloudevents import headers as cloud_headers
 from spendfuse.wire.control import Alert, Command
 from spendfuse.wire.ledger import LedgerEntry
+from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
 from spendfuse.wire.signing import SIGNATURE_HEADER
-from spendfuse.wire.topics import ALERTS, COMMANDS, DEAD_LETTERS, LEDGER, PACKED, ROLLUPS
+from spendfuse.wire.topics import ALERTS, COMMANDS, DEAD_LETTERS, LEDGER, PACKED, REMAINING, ROLLUPS
 
 SOURCE: Final = "//spendfuse/worker"
 INTAKE_SOURCE: Final = "//spendfuse/intake"
@@ -60,6 +62,22 @@ class Publisher:
         if self._signer is not None:
             headers.append((SIGNATURE_HEADER, self._signer.sign(COMMANDS.name, key, value)))
         return await self._outbox.put(COMMANDS.name, key=key, value=value, partition=0, headers=headers)
+
+    async def again(self, kept: Kept, *, sign: bool) -> Delivery:
+        """Publish a genuine command once more, byte for byte; `sign`: under our own signature in place of its."""
+        headers = list(kept.headers)
+        if sign and self._signer is not None:
+            headers = [(name, value) for name, value in headers if name != SIGNATURE_HEADER]
+            headers.append((SIGNATURE_HEADER, self._signer.sign(COMMANDS.name, kept.key, kept.value)))
+        return await self._outbox.put(COMMANDS.name, key=kept.key, value=kept.value, partition=0, headers=headers)
+
+    async def remaining(self, left: Remaining) -> Delivery:
+        """Publish what is left of a cap, signed over topic, key and value."""
+        key, value = left.key.encode(), left.model_dump_json(exclude_none=True).encode()
+        headers = cloud_headers("remaining.v1", SOURCE, left.key, left.at)
+        if self._signer is not None:
+            headers.append((SIGNATURE_HEADER, self._signer.sign(REMAINING.name, key, value)))
+        return await self._outbox.put(REMAINING.name, key=key, value=value, partition=0, headers=headers)
 
     async def alert(self, alert: Alert) -> Delivery:
         """Publish one alert."""

@@ -8,9 +8,13 @@ from typing import Final
 from pydantic import ValidationError
 
 from spendfuse.client.clock import Clock
-from spendfuse.engine.rollup import apply_rollup, reconsider_shared
+from spendfuse.engine.due import Due
+from spendfuse.engine.remaining import rolls_at
+from spendfuse.engine.rollup import apply_rollup, passed_shared, reconsider_shared, remaining_shared
+from spendfuse.engine.spend import merged
 from spendfuse.engine.state import SharedState
 from spendfuse.engine.windows import ROLLING_SLOTS, slot_of, window_of_key
+from spendfuse.pipeline.board import Board, Name
 from spendfuse.pipeline.codec import decode_shared, encode_shared
 from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.intake import reason
@@ -19,6 +23,7 @@ from spendfuse.pipeline.records import Delivery, SourceRecord, Table
 from spendfuse.pipeline.routing import split_state_key, state_key
 from spendfuse.wire.base import from_us
 from spendfuse.wire.ledger import LedgerEntry
+from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
 
 UNACKED_MAX: Final = 2_000
@@ -54,6 +59,9 @@ class RollupStage:
         self._dirty: set[tuple[int, str]] = set()
         self._unacked: list[SourceRecord] = []
         self._deliveries: list[Delivery] = []
+        self._board = Board()
+        self._due = Due()
+        self._as_of_ms: dict[Name, int] = {}
         self._flushing = asyncio.Lock()
         # Held from the change of a state until all it led to is handed over, as in the meter.
         self._changing = asyncio.Lock()
@@ -75,9 +83,17 @@ class RollupStage:
         if not _is_plausible(rollup, record.value or b""):
             return [await self._publisher.dead_letter(record, "windows or numbers that no meter writes")]
         state = self._state(record.partition, rollup.scope)
-        self._dirty.add((record.partition, rollup.scope))
+        name = (record.partition, rollup.scope)
+        self._dirty.add(name)
         now_us = self._clock()
-        _, effects = apply_rollup(state, rollup, self._feed.policies, now_us=now_us, price_book=self._feed.book.version)
+        news, effects = apply_rollup(
+            state, rollup, self._feed.policies, now_us=now_us, price_book=self._feed.book.version
+        )
+        if news:
+            self._as_of_ms[name] = rollup.cause.produced_at_ms
+            self._watch(name, state, now_us)
+            if self._feed.policies.of(rollup.scope).limits:
+                self._board.touch(name)
         if effects is None:
             return []
         deliveries = await self._publisher.effects(effects)
@@ -93,8 +109,42 @@ class RollupStage:
             )
             for nth, command in enumerate(effects.shadow)
         ]
-        name = f"rollup/{record.partition}/{record.offset}"
-        return deliveries + await self._publisher.ledger(record.partition, name, entries)
+        title = f"rollup/{record.partition}/{record.offset}"
+        return deliveries + await self._publisher.ledger(record.partition, title, entries)
+
+    def _watch(self, name: Name, state: SharedState, now_us: int) -> None:
+        """Have a scope looked at again when calls in flight of a partition run out."""
+        until_us = state.held_until_us(now_us)
+        if until_us is not None:
+            self._due.watch(state_key(*name).decode(), until_us)
+
+    async def _look_again(self) -> None:
+        """Judge the scopes about which time alone changed something: calls in flight, rolling sums."""
+        now_us = self._clock()
+        policies, price_book = self._feed.policies, self._feed.book.version
+        for key in self._due.take(now_us):
+            name = split_state_key(key.encode())
+            state = self._state(*name)
+            self._watch(name, state, now_us)
+            self._board.touch(name)
+            effects = passed_shared(name[1], state, policies, now_us=now_us, price_book=price_book)
+            if effects is not None:
+                self._dirty.add(name)
+                self._deliveries += await self._publisher.effects(effects)
+
+    def _take_remaining(self) -> list[Remaining]:
+        now_us = self._clock()
+        policies = self._feed.policies
+        left: list[Remaining] = []
+        for name in self._board.take(now_us):
+            scope, state = name[1], self._state(*name)
+            as_of_ms = self._as_of_ms.get(name, -1)
+            found = remaining_shared(scope, state, policies, now_us=now_us, as_of_ms=as_of_ms)
+            left += self._board.publish(name, found, now_us)
+            rolls_us = rolls_at(policies.of(scope), merged(part.spend for part in state.parts.values()), now_us)
+            if rolls_us is not None:
+                self._due.watch(state_key(*name).decode(), rolls_us)
+        return left
 
     async def flush(self) -> None:
         """Make what was taken in durable, then acknowledge it."""
@@ -102,13 +152,16 @@ class RollupStage:
             async with self._changing:
                 self._drop_if_reassigned()
                 generation = self._current
+                await self._look_again()
                 unacked, self._unacked = self._unacked, []
                 deliveries, self._deliveries = self._deliveries, []
                 dirty, self._dirty = self._dirty, set()
                 # In one step: what is written is what led to `deliveries`, and nothing later.
                 writes = [(key, encode_shared(self._states[key])) for key in dirty]
-            if not (unacked or deliveries or writes):
+                left = self._take_remaining()
+            if not (unacked or deliveries or writes or left):
                 return
+            deliveries += [await self._publisher.remaining(each) for each in left]
             await asyncio.gather(*deliveries)
             if generation != self._generation():
                 return
@@ -118,6 +171,7 @@ class RollupStage:
                     record.ack()
             if len(self._states) > STATES_MAX:
                 self._states = {key: self._states[key] for key in self._dirty}
+                self._as_of_ms = {key: at for key, at in self._as_of_ms.items() if key in self._states}
 
     async def reconsider(self, owned: set[int]) -> None:
         """Judge every shared scope of the partitions owned again, after budgets changed.
@@ -144,8 +198,12 @@ class RollupStage:
             now_us=self._clock(),
             price_book=self._feed.book.version,
         )
+        name = (partition, scope)
+        self._watch(name, self._state(partition, scope), self._clock())
+        if self._feed.policies.of(scope).limits or self._board.knows(name):
+            self._board.touch(name)
         if effects is not None:
-            self._dirty.add((partition, scope))
+            self._dirty.add(name)
             self._deliveries += await self._publisher.effects(effects)
 
     def _state(self, partition: int, scope: str) -> SharedState:
@@ -160,6 +218,7 @@ class RollupStage:
         generation = self._generation()
         if generation != self._current:
             self._states, self._dirty, self._unacked, self._deliveries = {}, set(), [], []
+            self._board, self._due, self._as_of_ms = Board(), Due(), {}
             self._current = generation
 
 

@@ -26,11 +26,12 @@ from spendfuse.pipeline.intake import Limits, rounds
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.recorder import RECORDED
 from spendfuse.pipeline.records import Delivery, Headers, SourceRecord
+from spendfuse.pipeline.register import Register
 from spendfuse.settings import BrokerSettings, WorkerSettings
 from spendfuse.wire.base import from_us
 from spendfuse.wire.cloudevents import headers as cloud_headers
 from spendfuse.wire.control import Heartbeat
-from spendfuse.wire.topics import BUDGETS, HEARTBEATS, PRICES, USAGE
+from spendfuse.wire.topics import BUDGETS, COMMANDS, HEARTBEATS, PRICES, USAGE
 
 INTAKE_RECORDS_MAX: Final = 2_000
 RECORDER_RECORDS_MAX: Final = 500
@@ -181,6 +182,7 @@ class Services:
         feed: PolicyFeed,
         clock: Clock,
         emitter: str,
+        register: Register,
     ) -> None:
         """Take the ports and settings."""
         self.informed = asyncio.Event()
@@ -197,6 +199,7 @@ class Services:
         self._clock = clock
         self._emitter = emitter
         self._followers: list[Follower] = []
+        self._register = register
         self._intake = GroupReader(broker, [USAGE.name], f"{settings.app_id}-intake", INTAKE_RECORDS_MAX)
         self._recorder = GroupReader(
             broker, [topic.name for topic in RECORDED], f"{settings.app_id}-recorder", RECORDER_RECORDS_MAX
@@ -210,13 +213,22 @@ class Services:
         self._followers = [
             Follower(self._broker, BUDGETS.name, self._on_budget, client_id="spendfuse-budgets"),
             Follower(self._broker, PRICES.name, self._on_price, client_id="spendfuse-prices"),
+            Follower(self._broker, COMMANDS.name, self._register.follow, client_id="spendfuse-register"),
         ]
         for follower in self._followers:
             follower.start()
         for follower in self._followers:
             await follower.caught_up()
         self.budgets_changed.set()  # a budget may have changed while no worker ran
+        await self._sign_again()
         self.informed.set()
+
+    async def _sign_again(self) -> None:
+        """Put our signature to what holds and is signed by a key that is being retired."""
+        kept = list(self._register.to_sign_again(self._clock()))
+        await asyncio.gather(*[await self._publisher.again(each, sign=True) for each in kept])
+        if kept:
+            log.info("signed again", commands=len(kept))
 
     async def stop(self) -> None:
         """Close what `start` opened."""
@@ -253,7 +265,9 @@ class Services:
 
     async def _record(self, records: list[ConsumerRecord]) -> None:
         sources = [source_record(record) for record in records]
-        deliveries, refused = await recorder.record(sources, self._publisher, self._settings.partitions, self._clock())
+        deliveries, refused = await recorder.record(
+            sources, self._publisher, self._settings.partitions, self._clock(), self._register
+        )
         await asyncio.gather(*deliveries)
         for source, fault in refused:
             log.warning("refused", topic=source.topic, offset=source.offset, reason=fault)

@@ -13,7 +13,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 from aiokafka.partitioner import murmur2
 
 from spendfuse.adapters import price_book_file
-from spendfuse.client.keys import Signer
+from spendfuse.client.follow import Record
+from spendfuse.client.keys import PublicKey, Signer, Verifier, parse_public_keys
 from spendfuse.engine.decide import Held
 from spendfuse.engine.rollup import held_by
 from spendfuse.engine.spend import Spend, merged
@@ -27,8 +28,10 @@ from spendfuse.pipeline.intake import Limits, rounds
 from spendfuse.pipeline.meter import MeterStage, MeterTables
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Headers, SourceRecord
+from spendfuse.pipeline.register import Register
 from spendfuse.pipeline.rollup import RollupStage
 from spendfuse.pipeline.routing import partition_of, split_state_key, state_key
+from spendfuse.pipeline.violations import Violations
 from spendfuse.settings import WorkerSettings
 from spendfuse.testing.memory import (
     ChangelogRecord,
@@ -106,8 +109,9 @@ class PipelineDriver:
 
     `start` is the clock's first instant (a datetime, or microseconds since the epoch); it moves only by `advance` and
     `at`. `price_book` is the one that ships unless given; `signing_key` (`kid=base64`, see `client.keys`) signs the
-    commands, which go unsigned without one. With `autoflush=False` what a worker keeps in memory between two flushes
-    (100 ms) stays there until `flush`, so that `crash` has something to lose.
+    commands, which go unsigned without one; `public_keys` are further keys whose commands are genuine. With
+    `autoflush=False` what a worker keeps in memory between two flushes (100 ms) stays there until `flush`, so that
+    `crash` has something to lose.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class PipelineDriver:
         start: datetime | int = START_US,
         price_book: PriceBookFile | None = None,
         signing_key: str | None = None,
+        public_keys: str = "",
         autoflush: bool = True,
     ) -> None:
         """Start a worker on empty topics and apply the budgets."""
@@ -129,6 +134,8 @@ class PipelineDriver:
         self._limits = Limits(settings.usage_age_max_s * SECOND_US, settings.usage_ahead_max_s * SECOND_US)
         self._price_book = price_book or _shipped_book()
         self._signer = Signer.parse(signing_key) if signing_key else None
+        self._public_keys = parse_public_keys(public_keys) if public_keys else {}
+        self._violation_grace_us = int(settings.violation_grace_s * SECOND_US)
         self._topics = MemoryTopics(self.partitions)
         self._power = Power()
         self._generation = 1
@@ -361,6 +368,8 @@ class PipelineDriver:
         self._judge_again = True
         self._feed = PolicyFeed(self._price_book, on_change=self._on_change)
         self._feed_reader = MemoryReader(self._topics, [BUDGETS.name, PRICES.name])
+        self._command_reader = MemoryReader(self._topics, [COMMANDS.name])
+        self._register = Register(self._verifier())
         outbox = MemoryOutbox(self._topics, self._power, lambda: self.now_us // US_PER_MS)
         self._publisher = Publisher(outbox, self._signer, self.partitions)
         self._tables()
@@ -370,8 +379,15 @@ class PipelineDriver:
             "clock": lambda: self.now_us,
             "generation": lambda: self._generation,
         }
-        self._meter = MeterStage(tables=self._meter_tables, **ports)
+        violations = Violations(self._register.halts, self._violation_grace_us)
+        self._meter = MeterStage(tables=self._meter_tables, violations=violations, **ports)
         self._rollup = RollupStage(table=self._shared_table, **ports)
+
+    def _verifier(self) -> Verifier | None:
+        if self._signer is None:
+            return None
+        own = {self._signer.kid: PublicKey(self._signer.public_bytes)}
+        return Verifier(self._public_keys | own, lambda: self.now_us)
 
     def _tables(self) -> None:
         self._meter_tables = MeterTables(
@@ -419,6 +435,9 @@ class PipelineDriver:
             for record in records:
                 take_in = self._feed.budget_record if record.topic == BUDGETS.name else self._feed.price_record
                 take_in(record.key, record.value)
+        elif records := self._command_reader.take(RECORDS_PER_READ):
+            for record in records:
+                self._register.follow(Record(*record[:6], tuple(record.headers)))
         elif self._judge_again:
             self._judge_again = False
             self._run(self._reconsider())
@@ -439,7 +458,7 @@ class PipelineDriver:
             await asyncio.gather(*await self._publisher.round(each, EMITTER, self.now_us))
 
     async def _record(self, records: list[SourceRecord]) -> None:
-        deliveries, _ = await recorder.record(records, self._publisher, self.partitions, self.now_us)
+        deliveries, _ = await recorder.record(records, self._publisher, self.partitions, self.now_us, self._register)
         await asyncio.gather(*deliveries)
 
     async def _reconsider(self) -> None:

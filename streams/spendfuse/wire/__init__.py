@@ -9,6 +9,7 @@ from spendfuse.wire.control import Ack, Alert, Command, Heartbeat
 from spendfuse.wire.ledger import LedgerBatch, LedgerEntry
 from spendfuse.wire.packed import Packed, PackedUsage
 from spendfuse.wire.prices import PriceBookFile, PriceOverride, PriceRow, Rates
+from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
 from spendfuse.wire.usage import Tokens, Usage, UsagePack, decode_usages
 
@@ -28,6 +29,7 @@ __all__ = [
     "PriceOverride",
     "PriceRow",
     "Rates",
+    "Remaining",
     "Rollup",
     "Tokens",
     "Usage",

@@ -20,7 +20,8 @@ from spendfuse.wire.base import (
 from spendfuse.wire.budget import RESERVED_BUDGET, Unit, WindowKind
 
 Action = Literal["warn", "degrade", "halt", "resume"]
-AlertKind = Literal["warn", "degrade", "halt", "resume", "shadow", "unknown_model", "violation", "lag"]
+AlertKind = Literal["warn", "degrade", "halt", "resume", "shadow", "unknown_model", "violation", "forged", "lag"]
+"""`violation`: spending went on after a halt; `forged`: a record among the commands that nobody with a key wrote."""
 MANUAL_BUDGET = RESERVED_BUDGET
 MANUAL_CAP = "halt"
 """A person's halt has this budget and cap, so no cap's resume can lift it."""
@@ -155,4 +156,10 @@ class Ack(WireModel):
     at: Instant = Field(description="when, by the guard's clock")
     halt_lag_us: int | None = Field(
         default=None, description="from the event time of the crossing usage to at, in microseconds"
+    )
+    calls_in_flight: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="enforced: calls that had begun under this guard and not yet ended"
+    )
+    tokens_since: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="enforced: tokens of the calls that ended under this guard after the halt had arrived"
     )

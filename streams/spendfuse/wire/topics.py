@@ -61,6 +61,10 @@ COMMANDS: Final = Topic(
     "spendfuse.commands.v1", "scope|budget|cap", 1, "compact,delete", 45 * DAY_MS,
     "signed warn, degrade, halt and resume, the latest of each cap",
 )  # fmt: skip
+REMAINING: Final = Topic(
+    "spendfuse.remaining.v1", "scope|budget|cap", 1, "compact,delete", DAY_MS,
+    "what is left of each cap that halts, signed, the latest of each",
+)  # fmt: skip
 HEARTBEATS: Final = Topic(
     "spendfuse.heartbeats.v1", "emitter", 1, "compact,delete", DAY_MS,
     "signs of life of the workers",
@@ -91,6 +95,6 @@ CHECKPOINTS: Final = Topic(
 )  # fmt: skip
 
 TOPICS: Final[tuple[Topic, ...]] = (
-    USAGE, PACKED, DEAD_LETTERS, BUDGETS, PRICES, COMMANDS,
+    USAGE, PACKED, DEAD_LETTERS, BUDGETS, PRICES, COMMANDS, REMAINING,
     HEARTBEATS, ACKS, ALERTS, ROLLUPS, LEDGER, BATCHES, CHECKPOINTS,
 )  # fmt: skip

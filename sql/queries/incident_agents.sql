@@ -1,0 +1,31 @@
+-- Who was under one halt, when did each stop, and what did each still spend? One row for each agent that answered or spent.
+-- Parameters: id String, the halt's command id; scope String, its scope; since, until DateTime64(6,'UTC'): its order and
+-- its end, both exclusive; limit UInt32, those that spent most first.
+-- Units: lag_us microseconds from the crossing usage's event time to the agent's first enforcement, by its guard's clock;
+-- nanos_after in nano-units by currency; times UTC.
+SELECT agent, max(received) AS received_at, max(enforced) AS enforced_at, max(lag) AS lag_us, max(guard_count) AS guards,
+  sum(calls) AS calls_after, sum(tokens) AS tokens_after, sumMap(nanos) AS nanos_after, max(last_at) AS last_spent_at
+FROM (
+  SELECT toString(agent) AS agent, received_at AS received, enforced_at AS enforced, halt_lag_us AS lag,
+    guards AS guard_count, toUInt64(0) AS calls, toUInt64(0) AS tokens, CAST(map(), 'Map(String, Int64)') AS nanos,
+    CAST(NULL, 'Nullable(DateTime64(6, \'UTC\'))') AS last_at
+  FROM commands_acked
+  WHERE command_id = {id:String} AND agent != ''
+  UNION ALL
+  SELECT concat('agent:', workspace, '/', team, '/', agent) AS agent, NULL, NULL, NULL, 0, count(),
+    sum(input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens),
+    sumMap(map(toString(currency), cost_nanos)), toNullable(max(occurred_at))
+  FROM usage_events
+  WHERE kind = 'charge'
+    AND occurred_at > {since:DateTime64(6, 'UTC')} AND occurred_at < {until:DateTime64(6, 'UTC')}
+    AND has([
+      concat('workspace:', workspace),
+      concat('team:', workspace, '/', team),
+      concat('agent:', workspace, '/', team, '/', usage_events.agent),
+      concat('run:', workspace, '/', root_run)
+    ], {scope:String})
+  GROUP BY agent
+)
+GROUP BY agent
+ORDER BY calls_after DESC, agent
+LIMIT {limit:UInt32}

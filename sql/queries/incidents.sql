@@ -1,0 +1,95 @@
+-- What became of each halt? The crossing, the order, who stopped when, what was still spent, and how it ended.
+-- An incident is one halt that was sent. It ends with the next resume, degrade or halt of its cap, or at its expiry.
+-- Spent after: usage of the scope whose event time lies after the order and before that end (calls in flight at the halt
+-- are among it). Violations: alerts about this cap in that time, by agents of any kind.
+-- Parameters: workspace String, id String (the beginning of a command id): '' = all; since, until
+-- DateTime64(6,'UTC') of the order, until exclusive; limit UInt32, the latest first.
+-- Units: cap_amount, spend_at_halt in unit; nanos_after in nano-units by currency; *_lag_us microseconds from the
+-- crossing usage's event time to an agent's first enforcement (its guard's clock); times UTC.
+WITH
+halts AS (
+  SELECT * FROM (
+    SELECT command_id, seq, scope, workspace, budget, cap, unit, cap_amount, spend, issued_by, reason, message,
+      cause_usage_id, cause_ts, issued_at, expires_at
+    FROM commands
+    WHERE action = 'halt' AND decided_only = 0 AND ({workspace:String} = '' OR workspace = {workspace:String})
+      AND issued_at >= {since:DateTime64(6, 'UTC')} AND issued_at < {until:DateTime64(6, 'UTC')}
+      AND startsWith(command_id, {id:String})
+    ORDER BY ledger_partition, ledger_offset
+    LIMIT 1 BY command_id, seq
+  )
+  ORDER BY issued_at DESC, scope, budget, cap
+  LIMIT {limit:UInt32}
+),
+followed AS (
+  SELECT h.command_id AS command_id, h.seq AS seq,
+    argMin(c.action, c.seq) AS next_action, argMin(c.issued_at, c.seq) AS next_at,
+    argMin(c.issued_by, c.seq) AS next_by, argMin(c.reason, c.seq) AS next_reason
+  FROM halts AS h
+  INNER JOIN commands AS c ON c.scope = h.scope AND c.budget = h.budget AND c.cap = h.cap
+  WHERE c.decided_only = 0 AND c.action != 'warn' AND c.seq > h.seq
+  GROUP BY command_id, seq
+),
+spans AS (
+  SELECT h.*,
+    f.next_action AS next_action, f.next_by AS next_by, f.next_reason AS next_reason,
+    f.seq > 0 AND (h.expires_at IS NULL OR f.next_at < h.expires_at) AS was_lifted,
+    if(was_lifted, toNullable(f.next_at), h.expires_at) AS ended_at,
+    coalesce(ended_at, toDateTime64('2105-01-01 00:00:00', 6, 'UTC')) AS until
+  FROM halts AS h
+  LEFT JOIN followed AS f ON f.command_id = h.command_id AND f.seq = h.seq
+),
+stopped AS (
+  SELECT a.command_id AS command_id, a.seq AS seq,
+    min(a.received_at) AS first_received_at, min(a.enforced_at) AS first_enforced_at, max(a.enforced_at) AS all_enforced_at,
+    min(a.halt_lag_us) AS first_lag_us, max(a.halt_lag_us) AS last_lag_us,
+    count() AS agents, count(a.enforced_at) AS agents_stopped, sum(a.guards) AS guard_count
+  FROM commands_acked AS a
+  WHERE a.action = 'halt' AND a.agent != '' AND a.command_id IN (SELECT command_id FROM halts)
+  GROUP BY command_id, seq
+),
+spent AS (
+  SELECT s.command_id AS command_id, s.seq AS seq, count() AS calls, uniqExact(u.team, u.agent) AS agents,
+    sum(u.tokens) AS tokens, sumMap(map(u.currency, u.cost_nanos)) AS nanos, max(u.occurred_at) AS last_at
+  FROM spans AS s
+  INNER JOIN (
+    SELECT scope, team, agent, occurred_at, toString(currency) AS currency, cost_nanos,
+      input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens AS tokens
+    FROM usage_events
+    ARRAY JOIN [
+      concat('workspace:', workspace),
+      concat('team:', workspace, '/', team),
+      concat('agent:', workspace, '/', team, '/', agent),
+      concat('run:', workspace, '/', root_run)
+    ] AS scope
+    WHERE kind = 'charge' AND occurred_at > (SELECT min(issued_at) FROM halts) AND scope IN (SELECT scope FROM halts)
+  ) AS u ON u.scope = s.scope
+  WHERE u.occurred_at > s.issued_at AND u.occurred_at < s.until
+  GROUP BY command_id, seq
+),
+violated AS (
+  SELECT s.command_id AS command_id, s.seq AS seq, uniqExact(a.alert_id) AS alerts
+  FROM spans AS s
+  INNER JOIN alerts AS a ON a.workspace = s.workspace AND a.budget = s.budget AND a.cap = s.cap
+  WHERE a.kind = 'violation' AND a.ts > s.issued_at AND a.ts < s.until
+    AND (s.scope = a.scope OR NOT startsWith(s.scope, 'agent:'))
+  GROUP BY command_id, seq
+)
+SELECT
+  s.command_id AS command_id, s.seq AS seq, s.scope AS scope, s.budget AS budget, s.cap AS cap, s.unit AS unit,
+  s.cap_amount AS cap_amount, s.spend AS spend_at_halt, s.issued_by AS issued_by, s.reason AS reason,
+  s.message AS message, s.cause_usage_id AS cause_usage_id, s.cause_ts AS crossed_at, s.issued_at AS issued_at,
+  k.first_received_at AS received_at, k.first_enforced_at AS enforced_at, k.all_enforced_at AS all_enforced_at,
+  k.first_lag_us AS first_lag_us, k.last_lag_us AS last_lag_us,
+  k.agents AS agents, k.agents_stopped AS agents_stopped, k.guard_count AS guards,
+  p.calls AS calls_after, p.agents AS agents_after, p.tokens AS tokens_after, p.nanos AS nanos_after,
+  if(p.calls > 0, toNullable(p.last_at), NULL) AS last_spent_at,
+  v.alerts AS violations,
+  s.ended_at AS ended_at,
+  multiIf(s.was_lifted, toString(s.next_action), s.ended_at IS NULL, '', 'expiry') AS ended_by,
+  if(s.was_lifted, s.next_by, '') AS lifted_by, if(s.was_lifted, s.next_reason, '') AS lift_reason
+FROM spans AS s
+LEFT JOIN stopped AS k ON k.command_id = s.command_id AND k.seq = s.seq
+LEFT JOIN spent AS p ON p.command_id = s.command_id AND p.seq = s.seq
+LEFT JOIN violated AS v ON v.command_id = s.command_id AND v.seq = s.seq
+ORDER BY issued_at DESC, scope, budget, cap

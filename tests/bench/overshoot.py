@@ -1,0 +1,243 @@
+"""Overshoot: N concurrent calls of one scope over 3 emitting processes, counted after the fact, and with holds.
+
+    python tests/bench/overshoot.py [--broker embedded|kafka] [--concurrency 1,10,50,128] [--chart FILE.svg]
+
+A call takes `--call-s`, costs $0.006, $0.009 or $0.015 in turn ($0.010 on average) and is bounded by $0.015; the cap is
+$1.00. `after`: check(), the call, then its usage. `holds`: `async with guard.call(bound)`, settled with what it used.
+Each of the N workers goes on until it is halted; one that finds no room tries again until the process has made no call
+for `GIVE_UP_S`. What was spent is what the emitters counted; what was usable is what of the cap was spent.
+"""
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from platform_under_test import platform, publish_budgets
+
+from spendfuse.client import Guard, GuardState, Halted, Meter
+from spendfuse.client.halted import NoRoom
+from spendfuse.wire.budget import Budget, Cap, WindowSpec
+from spendfuse.wire.usage import Tokens
+
+EMITTERS = 3
+CAP_NANOS = 1_000_000_000
+PROVIDER, MODEL = "anthropic", "claude-sonnet-4-6"
+INPUT = 1_000
+OUTPUTS = (200, 400, 800)
+BOUND = Tokens(input=INPUT, output=max(OUTPUTS))
+INPUT_NANOS, OUTPUT_NANOS = 3_000, 15_000
+"""Nano-dollars of a token, by the price book."""
+READY_S = 30.0
+CASE_S = 120.0
+GIVE_UP_S = 3.0
+RETRY_S = 0.25
+"""As often as guards hear what remains."""
+CALLS_MAX = 100_000
+Mode = Literal["after", "holds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What one mode and concurrency led to."""
+
+    mode: Mode
+    concurrency: int
+    calls: int
+    nanos: int
+    refused: int
+
+    @property
+    def overshoot_bp(self) -> int:
+        """Return what was spent past the cap, in 1/10,000 of it."""
+        return max(self.nanos - CAP_NANOS, 0) * 10_000 // CAP_NANOS
+
+    @property
+    def usable_bp(self) -> int:
+        """Return what of the cap was spent, in 1/10,000."""
+        return min(self.nanos, CAP_NANOS) * 10_000 // CAP_NANOS
+
+
+@dataclass(slots=True)
+class _Count:
+    calls: int = 0
+    nanos: int = 0
+    refused: int = 0
+    last: float = 0.0
+
+
+def cost_nanos(output: int) -> int:
+    """Return what a call costs."""
+    return INPUT * INPUT_NANOS + output * OUTPUT_NANOS
+
+
+def emitter(pipe: Connection, mode: Mode, workers: int, agent: str, call_s: float) -> None:
+    """Make calls until halted, and send (calls, nano-dollars, refusals)."""
+    who = {"workspace": "acme", "team": "bench", "agent": agent, "run": "r"}
+    with Meter.from_env(**who) as meter, Guard.from_env(meter=meter, **who) as guard:
+        deadline = time.monotonic() + READY_S
+        while guard.state is not GuardState.LIVE and time.monotonic() < deadline:
+            time.sleep(0.005)
+        pipe.send(guard.state.value)
+        pipe.recv()
+        count = _Count(last=time.monotonic())
+        asyncio.run(_work(guard, meter, mode, workers, call_s, count))
+        meter.flush(READY_S)
+    pipe.send((count.calls, count.nanos, count.refused))
+
+
+async def _work(guard: Guard, meter: Meter, mode: Mode, workers: int, call_s: float, count: _Count) -> None:
+    await asyncio.gather(*(_worker(guard, meter, mode, call_s, count) for _ in range(workers)))
+
+
+async def _worker(guard: Guard, meter: Meter, mode: Mode, call_s: float, count: _Count) -> None:
+    while count.calls < CALLS_MAX and time.monotonic() - count.last < GIVE_UP_S:
+        output = OUTPUTS[count.calls % len(OUTPUTS)]
+        try:
+            if mode == "after":
+                guard.check()
+                _made(count, output)
+                await asyncio.sleep(call_s)
+                meter.record(provider=PROVIDER, model=MODEL, input=INPUT, output=output)
+            else:
+                async with guard.call(BOUND, provider=PROVIDER, model=MODEL) as call:
+                    _made(count, output)
+                    await asyncio.sleep(call_s)
+                    call.settle(Tokens(input=INPUT, output=output))
+        except NoRoom:
+            count.refused += 1
+            await asyncio.sleep(RETRY_S)
+        except Halted:
+            count.refused += 1
+            return
+
+
+def _made(count: _Count, output: int) -> None:
+    count.calls += 1
+    count.nanos += cost_nanos(output)
+    count.last = time.monotonic()
+
+
+def run_case(mode: Mode, concurrency: int, call_s: float) -> Case:
+    """Run one case with processes of its own; the agent's cap is new, since its name is."""
+    context = multiprocessing.get_context("spawn")
+    shares = [concurrency // EMITTERS + (nth < concurrency % EMITTERS) for nth in range(EMITTERS)]
+    pipes: list[Connection] = []
+    processes: list[Any] = []
+    try:
+        for share in filter(None, shares):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=emitter, args=(theirs, mode, share, f"{mode}-{concurrency}", call_s), daemon=True
+            )
+            process.start()
+            pipes.append(ours)
+            processes.append(process)
+        states = [_answer(pipe, READY_S + 10) for pipe in pipes]
+        if set(states) != {"live"}:
+            raise SystemExit(f"the guards are {states}")
+        for pipe in pipes:
+            pipe.send("go")
+        counts = [_answer(pipe, CASE_S) for pipe in pipes]
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    return Case(mode, concurrency, *(sum(column) for column in zip(*counts, strict=True)))
+
+
+def _answer(pipe: Connection, timeout_s: float) -> Any:
+    if not pipe.poll(timeout_s):
+        raise SystemExit(f"an emitter said nothing within {timeout_s:g} s")
+    return pipe.recv()
+
+
+def measure(kind: str, modes: Sequence[Mode], concurrencies: Sequence[int], call_s: float) -> list[Case]:
+    """Run every case against one worker."""
+    with platform(kind) as run, tempfile.TemporaryDirectory(prefix="spendfuse-bench-guards-") as guards:
+        os.environ.update(run.env() | {"SPENDFUSE_GUARD_DIR": guards})
+        cap = Cap(id="day", unit="nano-USD", amount=CAP_NANOS, window=WindowSpec(kind="day"))
+        asyncio.run(
+            publish_budgets(run.broker, [Budget(id="agents", version=1, scope="agent:acme/bench/*", caps=[cap])])
+        )
+        with run.worker():
+            return [run_case(mode, number, call_s) for mode in modes for number in concurrencies]
+
+
+def table(cases: Sequence[Case]) -> str:
+    """Return the cases as lines of text."""
+    lines = [f"{'mode':6} {'N':>4} {'calls':>6} {'spent':>8} {'overshoot':>10} {'usable':>8} {'refused':>8}"]
+    lines += [
+        f"{case.mode:6} {case.concurrency:>4} {case.calls:>6} {case.nanos / 1e9:>7.3f}$ "
+        f"{case.overshoot_bp / 100:>8.1f} % {case.usable_bp / 100:>6.1f} % {case.refused:>8}"
+        for case in cases
+    ]
+    return "\n".join(lines)
+
+
+def chart(cases: Sequence[Case]) -> str:
+    """Return an SVG of overshoot by concurrency, a bar for each mode, with its figure above it."""
+    colours: dict[str, str] = {"after": "#c4432b", "holds": "#2b7a78"}
+    names = {"after": "counted after the fact", "holds": "with holds"}
+    numbers = sorted({case.concurrency for case in cases})
+    top = max(1_000, *(case.overshoot_bp for case in cases))
+    width, height, left, base, bar = 640, 300, 60, 240, 44
+    group = (width - left - 20) // max(len(numbers), 1)
+    parts = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+            'font-size="13"><rect width="100%" height="100%" fill="#fff"/>'
+        ),
+        (
+            f'<text x="{left}" y="22" font-size="15">Spent past a $1.00 cap, by concurrent calls of one agent in '
+            f"{EMITTERS} processes</text>"
+        ),
+        f'<line x1="{left}" y1="{base}" x2="{width - 20}" y2="{base}" stroke="#444"/>',
+    ]
+    for case in cases:
+        x = left + numbers.index(case.concurrency) * group + (group - 2 * bar) // 2
+        x += bar if case.mode == "holds" else 0
+        tall = max(1, 170 * case.overshoot_bp // top)
+        parts.append(f'<rect x="{x}" y="{base - tall}" width="{bar - 6}" height="{tall}" fill="{colours[case.mode]}"/>')
+        parts.append(
+            f'<text x="{x + (bar - 6) // 2}" y="{base - tall - 6}" text-anchor="middle">'
+            f"{case.overshoot_bp / 100:.1f} %</text>"
+        )
+    for nth, number in enumerate(numbers):
+        parts.append(
+            f'<text x="{left + nth * group + group // 2}" y="{base + 20}" text-anchor="middle">N = {number}</text>'
+        )
+    for nth, (mode, colour) in enumerate(colours.items()):
+        x = left + nth * 220
+        parts.append(f'<rect x="{x}" y="{height - 26}" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 18}" y="{height - 15}">{names[mode]}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def main() -> None:
+    """Measure, print, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--broker", choices=["embedded", "kafka"], default="kafka")
+    parser.add_argument("--concurrency", default="1,10,50,128")
+    parser.add_argument("--mode", choices=get_args(Mode), action="append", help="one alone; both by default")
+    parser.add_argument("--call-s", type=float, default=0.2)
+    parser.add_argument("--chart", type=Path)
+    given = parser.parse_args()
+    numbers = [int(each) for each in given.concurrency.split(",")]
+    cases = measure(given.broker, given.mode or get_args(Mode), numbers, given.call_s)
+    print(f"{given.broker}, calls of {given.call_s:g} s over {EMITTERS} emitters, cap $1.00")
+    print(table(cases))
+    if given.chart:
+        given.chart.write_text(chart(cases), encoding="utf-8")
+        print(given.chart)
+
+
+if __name__ == "__main__":
+    main()
