@@ -17,6 +17,7 @@ from spendfuse.wire.topics import (
     ALERTS,
     BATCHES,
     BUDGETS,
+    CHECKPOINTS,
     COMMANDS,
     DEAD_LETTERS,
     HEARTBEATS,
@@ -292,7 +293,13 @@ def test_changed_bytes_on_any_topic_do_not_stop_the_worker(data: st.DataObject, 
 def test_bad_bytes_on_a_topic_are_said_and_the_worker_goes_on(topic: str, value: bytes | None) -> None:
     pipeline = driver()
     pipeline.put(topic, value, key=b"\xff\x00|", headers=[("spendfuse-reason", b"\xff"), ("", b"")])
-    silent = {HEARTBEATS.name, BATCHES.name, LEDGER.name, DEAD_LETTERS.name}  # the worker does not read these
+    silent = {
+        HEARTBEATS.name,
+        BATCHES.name,
+        CHECKPOINTS.name,
+        LEDGER.name,
+        DEAD_LETTERS.name,
+    }  # the worker does not read these
     tombstone = value is None and topic in {BUDGETS.name, PRICES.name}
     if topic not in silent and not tombstone:
         (dead,) = pipeline.dead_letters()
