@@ -137,7 +137,7 @@ def rows(up: Up, *words: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 def test_the_topics_are_there_and_creating_them_again_changes_nothing(up: Up) -> None:
     reports = up.run("topics", "create", "--json").data
-    assert len(reports) == 12
+    assert len(reports) == 13
     assert {report["state"] for report in reports} == {"exists"}
     assert next(report for report in reports if report["topic"] == "spendfuse.usage.v1")["partitions"] == 2
     wrong = up.run("topics", "create", "--partitions", "3")
