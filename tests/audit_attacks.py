@@ -25,7 +25,15 @@ from spendfuse.audit.verify import Report, verify
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 LATER: Final = datetime(2028, 1, 1, tzinfo=UTC)
 UNSEALED_UNTIL: Final = 7
-EVIDENCE: Final = {"database", "usage_events", "control", "ledger_events", "audit_batches", "sealing"}
+EVIDENCE: Final = {
+    "database",
+    "usage_events",
+    "control",
+    "ledger_events",
+    "audit_batches",
+    "sealing",
+    "chargeback_projection",
+}
 """The migrations of what is sealed; a trail without rollups is made in a tenth of the time."""
 SYNC: Final = " SETTINGS mutations_sync = 2"
 # Columns of which a copy of a row consists: all that are stored.
@@ -89,6 +97,10 @@ ATTACKS: Final[dict[str, Attack]] = {
     "a cost": run(update("usage_events", "cost_nanos = cost_nanos - 1", FIRST)),
     "a tag": run(update("usage_events", "tags = map('cost-center', 'cc-9')", FIRST)),
     "a rate": run(update("usage_events", "rates = [1, 2, 3, 4, 5]", FIRST)),
+    "a computed column": run(
+        "ALTER TABLE usage_events MODIFY COLUMN cost_center LowCardinality(String) MATERIALIZED 'cc-9'",
+        "ALTER TABLE usage_events MATERIALIZE COLUMN cost_center IN PARTITION '202503'",
+    ),
     "a flag": run(update("usage_events", "late = 1 - late", FIRST)),
     "a command's message": run(update("commands", "message = 'nothing happened'", "ledger_partition = 0")),
     "a null": run(update("commands", "cause_ts = toDateTime64(0, 6, 'UTC')", HEADER_2)),

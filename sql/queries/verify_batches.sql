@@ -12,6 +12,7 @@ trees AS (
     batch_seq,
     count() AS found,
     countIf(kept_in != 'usage_events') AS others,
+    countIf(strayed) AS strayed,
     uniqExact(batch_row) AS places,
     max(batch_row) AS last_place,
     sum(reinterpretAsUInt64(leaf)) AS found_sum,
@@ -20,7 +21,7 @@ trees AS (
   FROM leaves GROUP BY batch_seq),
 roots AS (
   SELECT
-    batch_seq, found, others, places, last_place, found_sum,
+    batch_seq, found, others, strayed, places, last_place, found_sum,
     arrayFirstIndex((place, nth) -> place != nth - 1, taken, arrayEnumerate(taken)) AS odd,
     if(odd = 0, length(taken), toUInt64(odd - 1)) AS gap,
     taken[odd] AS wrong,
@@ -40,6 +41,7 @@ SELECT
     ), 'expired',
     r.found < b.rows AND r.gap = r.found, 'truncated',
     r.found < b.rows, 'deleted',
+    r.strayed > 0, 'altered',
     lower(hex(if(b.rows = 0, SHA256(''), r.root))) = toString(b.merkle_root), '',
     r.found_sum = b.leaf_sum, 'reordered',
     'altered') AS cause

@@ -26,6 +26,7 @@ EXPECTED: dict[str, list[tuple[int, int, str]]] = {
     "a cost": [(0, 1, "altered")],
     "a tag": [(0, 1, "altered")],
     "a rate": [(0, 1, "altered")],
+    "a computed column": [(p, seq, "altered") for p in (0, 1) for seq in range(1, 6)],
     "a flag": [(0, 1, "altered")],
     "a row in the place of another": [(0, 1, "altered")],
     "a command's message": [(0, 3, "altered")],

@@ -222,7 +222,7 @@ def _proof(
 ) -> dict[str, Any]:
     partition, seq, place = int(row["ledger_partition"]), int(row["batch_seq"]), int(row["batch_row"])
     bind = {"partition": partition, "seq_from": seq, "seq_to": seq}
-    found = sorted((int(at), leaf) for _, _, _, at, leaf in database.query(sql("verify_leaves"), bind))
+    found = sorted((int(at), leaf) for _, _, _, at, leaf, _ in database.query(sql("verify_leaves"), bind))
     leaves = [leaf if isinstance(leaf, bytes) else bytes(leaf, "latin-1") for _, leaf in found]
     sealed = headers(database, partition, seq, seq)
     root = seal.merkle_root(leaves).hex()
