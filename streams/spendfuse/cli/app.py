@@ -5,7 +5,7 @@ from typing import Annotated, Final
 import typer
 
 from spendfuse import __version__
-from spendfuse.cli import audit, budgets, control, demo, doctor, keys, status, topics, up, usage, worker
+from spendfuse.cli import audit, budgets, control, demo, dlq, doctor, keys, status, topics, up, usage, worker
 from spendfuse.cli.faults import Commands
 from spendfuse.cli.options import examples
 
@@ -48,6 +48,7 @@ topics.register(app)
 budgets.register(app)
 status.register(app)
 usage.register(app)
+dlq.register(app)
 control.register(app)
 keys.register(app)
 audit.register(app)
