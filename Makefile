@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 UV := $(PY) -m uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint generate lock bench screenshots clean
+.PHONY: help demo test check lint generate lock bench chaos screenshots clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -45,6 +45,9 @@ generate: $(STAMP) ## write the generated files anew
 bench: $(STAMP) ## what the worker takes, and halt lag on a real Kafka (needs Java and Maven)
 	$(PY) tests/bench/throughput.py
 	$(PY) tests/bench/halt_lag.py
+
+chaos: $(STAMP) ## 100 random faults on a real three-node Kafka, then every number compared (needs Java and Maven)
+	$(PY) tests/chaos/chaos.py $(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS))
 
 lock: $(STAMP) ## pin every dependency again, with hashes and without addresses
 	$(PY) -m pip install --quiet uv

@@ -24,7 +24,8 @@ Run = Callable[..., Result]
 HEAVY = ("faust", "chdb", "clickhouse_connect", "aiokafka", "yaml", "pydantic")
 COMMANDS = {
     "demo", "up", "worker", "topics create", "budgets apply", "budgets check", "budgets list", "status", "usage emit",
-    "usage import", "dlq list", "dlq show", "dlq replay", "halt", "resume", "doctor", "keys new", "audit migrate", "audit run",
+    "usage import", "dlq list", "dlq show", "dlq replay", "halt",
+    "resume", "doctor", "keys new", "audit migrate", "audit run",
 }  # fmt: skip
 
 

@@ -224,7 +224,7 @@ async def _send(where: "Target", letters: "list[Letter]") -> dict[int, str]:
         to = replay_of(letter)
         if to.partition is not None and to.partition >= counts[to.topic]:  # its header may say anything
             raise CliError(
-                f"dead letter {letter.offset} came from {letter.origin}, and {to.topic} has {counts[to.topic]} partitions"
+                f"dead letter {letter.offset} came from {letter.origin}, and there are {counts[to.topic]} partitions"
             )
     placed = {}
     async with kafka.sending(where) as send:

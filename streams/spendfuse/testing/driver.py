@@ -27,6 +27,7 @@ from spendfuse.pipeline.intake import Limits, rounds
 from spendfuse.pipeline.meter import MeterStage, MeterTables
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Headers, SourceRecord
+from spendfuse.pipeline.refusal import Ends
 from spendfuse.pipeline.rollup import RollupStage
 from spendfuse.pipeline.routing import partition_of, split_state_key, state_key
 from spendfuse.settings import WorkerSettings
@@ -369,9 +370,13 @@ class PipelineDriver:
             "feed": self._feed,
             "clock": lambda: self.now_us,
             "generation": lambda: self._generation,
+            "ends": Ends(self._end_of, 0.0),
         }
         self._meter = MeterStage(tables=self._meter_tables, **ports)
         self._rollup = RollupStage(table=self._shared_table, **ports)
+
+    async def _end_of(self, topic: str, partition: int) -> int:
+        return len(self._topics.log((topic, partition)))
 
     def _tables(self) -> None:
         self._meter_tables = MeterTables(
