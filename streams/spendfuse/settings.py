@@ -203,4 +203,4 @@ class AuditSettings(Settings):
     )
     http_token: SecretStr = Field(SecretStr(""), description="password of that endpoint (secret; or ..._FILE)")
     batch_rows_max: Annotated[int, Field(ge=1, le=100_000)] = Field(5_000, description="rows of one insert")
-    batch_wait_ms: Annotated[int, Field(ge=10, le=60_000)] = Field(500, description="longest a row waits for it")
+    batch_wait_ms: Annotated[int, Field(ge=10, le=60_000)] = Field(1_000, description="longest a row waits for it")

@@ -12,9 +12,9 @@ from pipeline.samples import BOOK, DEAR_NANOS, DOLLAR, INPUT_NANOS, OUTPUT_NANOS
 from spendfuse.client.keys import BadSignature, Verifier, generate
 from spendfuse.testing import PipelineDriver, SpendRow
 from spendfuse.testing import driver as driver_module
-from spendfuse.wire import PriceOverride, PriceRow, Tokens, WindowSpec, WorkspaceSettings
+from spendfuse.wire import Ack, PriceOverride, PriceRow, Tokens, WindowSpec, WorkspaceSettings, encode
 from spendfuse.wire.budget import DegradeRule
-from spendfuse.wire.topics import COMMANDS, PACKED
+from spendfuse.wire.topics import ACKS, COMMANDS, PACKED
 
 PLANNER = "agent:acme/research/planner"
 
@@ -294,3 +294,32 @@ def test_two_drivers_given_the_same_give_the_same_bytes() -> None:
         ]
 
     assert run() == run()
+
+
+def test_all_that_is_said_is_in_the_ledger_with_where_it_came_from() -> None:
+    pipeline = driver(budget("agent:acme/*/*", cap(INPUT_NANOS)))
+    pipeline.emit(call(pipeline, input=1))
+    (halt,) = pipeline.commands()
+    said = {"command_id": halt.id, "seq": halt.seq, "scope": halt.scope, "budget": halt.budget, "cap": halt.cap}
+    for state in ("received", "enforced"):
+        ack = Ack(agent=PLANNER, guard="guard-1", state=state, at=pipeline.now, **said)
+        pipeline.put(ACKS.name, encode(ack), key=halt.scope.encode())
+    pipeline.price(PriceOverride(id="deal", row=PriceRow(provider="anthropic", model="claude", rates=rates(1, 1))))
+    pipeline.withdraw_budget("b1")
+    recorded = [(entry.kind, entry.topic.split(".")[1], entry.offset) for entry in pipeline.ledger()]
+    assert sorted(recorded) == [
+        ("ack", "acks", 0),
+        ("ack", "acks", 1),
+        ("alert", "alerts", 0),
+        ("alert", "alerts", 1),
+        ("budget", "budgets", 0),
+        ("budget", "budgets", 1),
+        ("charge", "usage", 0),
+        ("command", "commands", 0),
+        ("command", "commands", 1),
+        ("price", "prices", 0),
+    ]
+    (halted, resumed) = (entry.command for entry in pipeline.ledger() if entry.kind == "command")
+    assert (halted, resumed.action) == (halt, "resume")
+    withdrawn = [entry.data for entry in pipeline.ledger() if entry.kind == "budget"][-1]
+    assert withdrawn == {"key": "b1", "withdrawn": True}

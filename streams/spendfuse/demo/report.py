@@ -137,7 +137,7 @@ def render_report(report: WeekendReport) -> RenderableType:
         f"{usd(report.difference_nanos)} {verdict}",
         "difference of what was emitted and what was charged",
     )
-    return Panel(table, title="read back from ClickHouse", title_align="left", border_style="green")
+    return Panel(table, title="read back from ClickHouse", title_align="left", border_style="green", expand=False)
 
 
 def _ms(us: int) -> str:

@@ -20,7 +20,7 @@ from spendfuse.adapters.table_mapping import Mapping
 from spendfuse.client.clock import ScaledClock
 from spendfuse.client.meter import Meter
 from spendfuse.demo.live import LiveView
-from spendfuse.demo.stage import DemoError, Total, Trail, apply_budgets, scaled_clock, whole
+from spendfuse.demo.stage import DEMO_ENV, DemoError, Total, Trail, apply_budgets, scaled_clock, whole
 from spendfuse.embedded.stack import EmbeddedStack
 from spendfuse.engine.prices import PriceBook
 from spendfuse.engine.sentences import money
@@ -133,7 +133,7 @@ def run_trace(
     factor = max(1, (found.last_us - found.first_us) // (span_s * SECOND_US))
     setting, clock = scaled_clock(found.first_us, factor, LEAD_S)
     with console.status("starting broker, worker and ClickHouse on this machine"):
-        stack = EmbeddedStack(directory, clock=setting, extra_env={"SPENDFUSE_HEARTBEAT_S": "0.5"})
+        stack = EmbeddedStack(directory, clock=setting, extra_env=DEMO_ENV)
         stack.start()
     try:
         return asyncio.run(_replay(console, stack, path, mapping, found, clock, show=show))

@@ -21,7 +21,7 @@ from spendfuse.demo.agent import AgentReport, run_agent
 from spendfuse.demo.live import LiveView
 from spendfuse.demo.plan import MODEL, PROVIDER, RATES, WEEKEND_NANOS, WEEKEND_US, WORKSPACE, AgentPlan, weekend
 from spendfuse.demo.report import WeekendReport, print_report, read_report
-from spendfuse.demo.stage import DemoError, Total, Trail, apply_budgets, scaled_clock
+from spendfuse.demo.stage import DEMO_ENV, DemoError, Total, Trail, apply_budgets, scaled_clock
 from spendfuse.embedded.stack import EmbeddedStack
 from spendfuse.engine.prices import PriceBook
 from spendfuse.engine.sentences import money
@@ -79,7 +79,7 @@ def run_weekend(console: Console, *, directory: Path, span_s: int = SPAN_S_DEFAU
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["spendfuse.demo.agent"])
     with console.status("starting broker, worker and ClickHouse on this machine"):
-        stack = EmbeddedStack(directory, clock=setting, extra_env={"SPENDFUSE_HEARTBEAT_S": "0.5"})
+        stack = EmbeddedStack(directory, clock=setting, extra_env=DEMO_ENV)
         stack.start()
     try:
         env = {**stack.env, "SPENDFUSE_FETCH_MAX_WAIT_MS": GUARD_FETCH_WAIT_MS}

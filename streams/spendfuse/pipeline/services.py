@@ -54,7 +54,11 @@ class KafkaOutbox:
     async def start(self) -> None:
         """Connect; raises a `KafkaError` when the broker is away."""
         producer = AIOKafkaProducer(**producer_options(self._broker, "spendfuse-worker"))
-        await producer.start()
+        try:
+            await producer.start()
+        except BaseException:  # told to stop meanwhile, too
+            await producer.stop()
+            raise
         self._producer = producer
 
     async def stop(self) -> None:
@@ -118,9 +122,9 @@ class GroupReader:
         """Read, handle, commit, for ever."""
         consumer = AIOKafkaConsumer(group_id=self._group, **consumer_options(self._broker, self._group))
         consumer.subscribe(self._topics, listener=_Joined(self.joined))
-        await consumer.start()
-        self._consumer = consumer
         try:
+            await consumer.start()
+            self._consumer = consumer
             while True:
                 batches = await consumer.getmany(timeout_ms=POLL_MS, max_records=self._records_max)
                 for records in batches.values():
@@ -198,6 +202,7 @@ class Services:
         self._feed = feed
         self._clock = clock
         self._emitter = emitter
+        self._followers: list[Follower] = []
         self._intake = GroupReader(broker, [USAGE.name], f"{settings.app_id}-intake", INTAKE_RECORDS_MAX)
         self._recorder = GroupReader(
             broker, [topic.name for topic in RECORDED], f"{settings.app_id}-recorder", RECORDER_RECORDS_MAX

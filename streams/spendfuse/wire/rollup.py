@@ -22,7 +22,7 @@ class Rollup(WireModel):
     scope: Scope
     partition: Partition
     as_of: Offset
-    windows: Annotated[dict[WindowKey, Sums], Field(max_length=512)]
+    windows: Annotated[dict[WindowKey, Sums], Field(max_length=4_096)]
     rolling: Annotated[dict[int, dict[int, Sums]], Field(max_length=64)] = Field(default_factory=dict)
     held_nanos: Amount = 0
     held_tokens: Amount = 0

@@ -1,0 +1,163 @@
+"""The cures for Faust's defects: each test here fails when its cure is taken out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import aiokafka
+import pytest
+from faust.tables.recovery import Recovery
+from faust.transport.producer import ProducerBuffer
+
+from pipeline import scenario
+from pipeline.samples import BOOK
+from spendfuse.client.connection import producer_options
+from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
+from spendfuse.pipeline import faust_cures
+from spendfuse.settings import BrokerSettings
+from spendfuse.wire import Packed, PackedUsage, encode
+from spendfuse.wire.topics import PACKED
+from workers import WorkerProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+BEFORE, WHILE_DOWN = 300, 1_500
+DEADLINE_S = 60.0
+QUIET_S = 4.0
+AGENTS = 8
+
+
+@pytest.fixture
+def uncured() -> Iterator[None]:
+    yield
+    faust_cures.uninstall()
+
+
+class Recovering:
+    """A worker that is killed, misses messages of `usage.packed.v1`, and comes back."""
+
+    def __init__(self, broker: BrokerSettings, directory: Path, env: dict[str, str]) -> None:
+        self.deployed = scenario.Deployment(broker, directory)
+        book = directory / "book.json"
+        book.write_bytes(encode(BOOK))
+        settings = {
+            "SPENDFUSE_PRICE_BOOK_FILE": str(book),
+            "SPENDFUSE_UNSIGNED_COMMANDS": "true",
+            "SPENDFUSE_PARTITIONS": "1",
+        }
+        self.worker = WorkerProcess(directory, "worker", broker, settings | env, module="faults.slow_worker")
+        self.sent = 0
+
+    async def produce(self, count: int) -> None:
+        """Write what an intake would: one usage a message, of one origin partition."""
+        producer = aiokafka.AIOKafkaProducer(**producer_options(self.deployed.broker, "faults"))
+        await producer.start()
+        deliveries = []
+        for number in range(self.sent, self.sent + count):
+            usage = scenario.usage("acme", f"a{number % AGENTS}", number)
+            packed = Packed(usages=[PackedUsage(p=0, o=number, u=usage)])
+            deliveries.append(await producer.send(PACKED.name, encode(packed), partition=0))
+        await asyncio.gather(*deliveries)
+        await producer.stop()
+        self.sent += count
+
+    async def charged_after_recovery(self) -> int:
+        """Return how many usages are in the stored sums when the worker has done all that it will do."""
+        async with scenario.watching(self.deployed, *scenario.CHANGELOGS) as watch:
+            await self.produce(BEFORE)
+            await watch.until(lambda: calls(watch) == BEFORE, "the first usages' sums")
+            await asyncio.to_thread(self.worker.kill)
+            await self.produce(WHILE_DOWN)
+            await asyncio.to_thread(self.worker.begin)
+            await asyncio.to_thread(self.worker.until_ready)
+            seen, changed_at, give_up_at = 0, time.monotonic(), time.monotonic() + DEADLINE_S
+            while calls(watch) < self.sent and time.monotonic() < give_up_at:
+                if len(watch.records[scenario.CHANGELOGS[0]]) != seen:
+                    seen, changed_at = len(watch.records[scenario.CHANGELOGS[0]]), time.monotonic()
+                elif time.monotonic() - changed_at > QUIET_S:
+                    break  # it is not late: it has forgotten
+                await asyncio.sleep(0.05)
+            return calls(watch)
+
+
+def calls(watch: scenario.Watch) -> int:
+    return sum(sums[2] for scope, sums in watch.stored("acme").items() if scope.startswith("agent:"))
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize("cured", [True, False], ids=["cured", "uncured"])
+async def test_a_recovery_loses_events_unless_it_is_cured(cured: bool, tmp_path: Path) -> None:
+    try:
+        broker = EmbeddedBroker(tmp_path).start()
+    except BrokerUnavailableError as error:
+        pytest.skip(str(error))
+    with broker:
+        settings = BrokerSettings.from_env(
+            {},
+            bootstrap_servers=broker.bootstrap_servers,
+            fetch_max_wait_ms=20,
+            producer_max_batch_size=1,
+            session_timeout_ms=2_000,
+            rebalance_timeout_ms=2_000,
+            heartbeat_interval_ms=400,
+        )
+        recovering = Recovering(settings, tmp_path, {} if cured else {"SPENDFUSE_TEST_UNCURED": "1"})
+        with recovering.worker:
+            charged = await recovering.charged_after_recovery()
+        if cured:
+            assert charged == recovering.sent
+        else:
+            # If this fails, the race has gone or is no longer hit: then the test above proves nothing.
+            assert charged < recovering.sent, "Faust lost nothing without the cure: is it still needed?"
+            print(f"without the cure {recovering.sent - charged} of {recovering.sent} usages were lost")  # noqa: T201
+
+
+async def test_fausts_flush_returns_with_messages_unsent_so_the_stages_await_each_delivery() -> None:
+    buffer = ProducerBuffer()
+    buffer.app = SimpleNamespace(conf=SimpleNamespace(producer_threaded=False))
+    sent: list[Any] = []
+
+    async def slow_send(message: Any) -> None:
+        await asyncio.sleep(0.4)
+        sent.append(message)
+
+    buffer._send_pending = slow_send  # type: ignore[method-assign]
+    async with buffer:
+        for number in range(5):
+            buffer.put(number)  # type: ignore[arg-type]
+        await buffer.flush()
+        assert sent == [], "a barrier would have sent them; tests/pipeline/test_stages.py holds our own to it"
+        buffer.pending = asyncio.Queue()
+
+
+def test_another_version_of_faust_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch, uncured: None) -> None:
+    original = Recovery.on_recovery_completed
+    monkeypatch.setattr(faust_cures, "RECOVERY_SHA256", "0" * 64)
+    with pytest.raises(
+        faust_cures.CureMismatchError, match=r"differs from faust-streaming 0\.15\.3: install that version"
+    ):
+        faust_cures.install(20)
+    assert Recovery.on_recovery_completed is original
+
+
+def test_the_installed_faust_is_the_one_the_cures_were_proved_on() -> None:
+    assert faust_cures.recovery_sha256() == faust_cures.RECOVERY_SHA256
+
+
+async def test_only_fausts_own_fetch_wait_is_shortened(monkeypatch: pytest.MonkeyPatch, uncured: None) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(
+        faust_cures,
+        "_original_consumer_init",
+        lambda _self, *_topics, **options: waits.append(options["fetch_max_wait_ms"]),
+    )
+    faust_cures.install(20)
+    faust_cures.install(30)
+    for wait_ms in (1_500, 500):
+        aiokafka.AIOKafkaConsumer.__init__(SimpleNamespace(), fetch_max_wait_ms=wait_ms)
+    assert waits == [30, 500]

@@ -1,0 +1,59 @@
+"""The worker as a process, against the embedded broker. The scenes follow one another on one deployment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipeline import scenario
+from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
+from spendfuse.settings import BrokerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.broker
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[scenario.Deployment]:
+    directory = tmp_path_factory.mktemp("pipeline-embedded")
+    try:
+        broker = EmbeddedBroker(directory).start()
+    except BrokerUnavailableError as error:
+        pytest.skip(str(error))
+    with broker:
+        its = broker.capabilities
+        settings = BrokerSettings.from_env(
+            {},
+            bootstrap_servers=broker.bootstrap_servers,
+            fetch_max_wait_ms=its.fetch_max_wait_ms,
+            producer_max_batch_size=its.producer_max_batch_size,
+            session_timeout_ms=its.session_timeout_ms,
+            rebalance_timeout_ms=its.rebalance_timeout_ms,
+            heartbeat_interval_ms=its.heartbeat_interval_ms,
+        )
+        with scenario.deployment(settings, directory) as made:
+            made.only("worker-1")
+            yield made
+
+
+async def test_a_halt_arrives_signed_and_the_sums_are_exact(deployed: scenario.Deployment) -> None:
+    await scenario.a_halt_arrives_signed_and_the_sums_are_exact(deployed)
+
+
+async def test_bad_bytes_on_every_topic_are_said_and_the_worker_goes_on(deployed: scenario.Deployment) -> None:
+    await scenario.bad_bytes_on_every_topic_are_said_and_the_worker_goes_on(deployed)
+
+
+async def test_a_worker_killed_in_the_middle_loses_and_repeats_nothing(deployed: scenario.Deployment) -> None:
+    await scenario.a_worker_killed_in_the_middle_loses_and_repeats_nothing(deployed, "worker-1")
+
+
+async def test_two_workers_share_and_one_takes_over_from_the_other(deployed: scenario.Deployment) -> None:
+    await scenario.two_workers_share_and_one_takes_over_from_the_other(deployed, "worker-1", "worker-2")
+
+
+def test_a_worker_told_to_stop_leaves_in_order(deployed: scenario.Deployment) -> None:
+    scenario.a_worker_told_to_stop_leaves_in_order(deployed, "worker-1")
