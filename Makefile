@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 UV := $(PY) -m uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint generate lock bench bench-audit bench-halt bench-overshoot screenshots clean
+.PHONY: help demo test check lint generate lock bench bench-audit bench-halt bench-overshoot chaos screenshots clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -56,6 +56,9 @@ bench-halt: $(STAMP) ## halt lag over 1,000 trips beside 1,000 usages/s, by hop 
 
 bench-overshoot: $(STAMP) ## overshoot by concurrency, after the fact and with holds; draws docs/images/overshoot.svg
 	$(PY) tests/bench/overshoot.py --chart docs/images/overshoot.svg
+
+chaos: $(STAMP) ## 100 random faults on a real three-node Kafka, then every number compared (needs Java and Maven)
+	$(PY) tests/chaos/chaos.py $(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS))
 
 lock: $(STAMP) ## pin every dependency again, with hashes and without addresses
 	$(PY) -m pip install --quiet uv

@@ -177,7 +177,8 @@ class KraftBroker:
         raise ChildFailedError(f"this Kafka has no node {node}: it is started with {len(self._nodes)} node(s)")
 
     def _format(self) -> None:
-        cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        # Its first letter is fixed: one in 64 would begin with a dash, and be taken for an option.
+        cluster_id = "A" + urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")[1:]
         formats = []
         for node in self._nodes:
             node.properties.write_text(self._server_properties(node), encoding="utf-8")

@@ -199,6 +199,9 @@ class WorkerSettings(Settings):
         300, description="usage dated further in the future goes to the dead letters"
     )
     heartbeat_s: Annotated[float, Field(gt=0, le=60)] = Field(2.0, description="interval of heartbeats")
+    stale_lag_s: Annotated[int, Field(ge=1, le=86_400)] = Field(
+        30, description="usage read so long after it was written: decisions are stale, and heartbeats say so"
+    )
     ready_timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="a worker not ready by then ends")
     ready_file: str = Field("", description="file that exists while the worker is ready (health checks)")
     price_book_file: str = Field("", description="price book to use instead of the one shipped")

@@ -11,6 +11,7 @@ from spendfuse.cli import (
     budgets,
     control,
     demo,
+    dlq,
     doctor,
     guard,
     incidents,
@@ -64,6 +65,7 @@ topics.register(app)
 budgets.register(app)
 status.register(app)
 usage.register(app)
+dlq.register(app)
 control.register(app)
 incidents.register(app)
 guard.register(app)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.client import AIOKafkaClient
@@ -34,7 +34,14 @@ class Placed(NamedTuple):
     offset: int
 
 
-Send = Callable[[str, bytes | None, bytes | None, Headers], Awaitable[Placed]]
+class Send(Protocol):
+    """Sends one record and returns once every replica has it; the partition is the key's unless given."""
+
+    def __call__(
+        self, topic: str, value: bytes | None, key: bytes | None, headers: Headers, partition: int | None = None
+    ) -> Awaitable[Placed]:
+        """Return where it lies."""
+        ...
 
 
 class BrokerAwayError(CliError):
@@ -116,9 +123,11 @@ async def sending(target: Target) -> AsyncIterator[Send]:
     async with reaching(target):
         producer = await _producer(target.broker)
 
-        async def send(topic: str, value: bytes | None, key: bytes | None, headers: Headers) -> Placed:
+        async def send(
+            topic: str, value: bytes | None, key: bytes | None, headers: Headers, partition: int | None = None
+        ) -> Placed:
             async with asyncio.timeout(SEND_TIMEOUT_S):
-                placed = await producer.send_and_wait(topic, value, key, headers=list(headers))
+                placed = await producer.send_and_wait(topic, value, key, partition, headers=list(headers))
             return Placed(placed.partition, placed.offset)
 
         try:

@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from spendfuse.wire.packed import Origin
+from spendfuse.wire.packed import INDEX_BITS, Origin
 from spendfuse.wire.usage import Usage
 
 DIGEST_BYTES: Final = 12
@@ -60,6 +60,13 @@ class SeenIds:
             for digest in self.slots.pop(sequence):
                 self.origins.pop(digest, None)
             self.dirty.discard(sequence)
+
+    def reached(self) -> dict[int, int]:
+        """Return, for each partition of `usage.v1` that ids are remembered of, the last offset."""
+        last: dict[int, int] = {}
+        for partition, position in self.origins.values():
+            last[partition] = max(last.get(partition, 0), position)
+        return {partition: position >> INDEX_BITS for partition, position in last.items()}
 
     def take_dirty(self) -> dict[int, bytes]:
         """Return the slots that changed, by their place in the ring, encoded; they count as written from now on."""

@@ -15,9 +15,11 @@ from spendfuse.client.clock import Clock, ScaledClock, parse_clock
 from spendfuse.client.keys import PublicKey, Signer, Verifier, parse_public_keys
 from spendfuse.pipeline import faust_cures
 from spendfuse.pipeline.feed import PolicyFeed
+from spendfuse.pipeline.lag import Reading
 from spendfuse.pipeline.meter import MeterStage, MeterTables
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, Outbox, SourceRecord
+from spendfuse.pipeline.refusal import Ends, KafkaEnds, ending
 from spendfuse.pipeline.register import Register
 from spendfuse.pipeline.rollup import RollupStage
 from spendfuse.pipeline.services import KafkaOutbox, Services
@@ -69,8 +71,11 @@ def create_app(
     settings: WorkerSettings,
     clocks: ClockSettings,
     on_ready: Callable[[], None] = lambda: None,
+    refuse: Callable[[str], None] = lambda _: None,
 ) -> Any:
     """Return the worker's Faust app: intake, meter, rollup, recorder and heartbeats.
+
+    `refuse` is given the sentence when state and topics do not fit; it ends the process.
 
     Raises `SettingsError` for a missing or unreadable signing key or price book.
     """
@@ -94,6 +99,7 @@ def create_app(
         register=register,
     )
     services.on_ready = on_ready
+    services.refuse = refuse
     services.is_live = lambda: not (app.rebalancing or app.tables.recovery.in_recovery)
 
     async def judge_again(*_: Any, **__: Any) -> None:
@@ -102,7 +108,8 @@ def create_app(
     app.on_rebalance_complete.connect(judge_again)
     factor = clock.factor if isinstance(clock, ScaledClock) else 1  # the grace is for what takes real time
     violations = Violations(register.halts, int(settings.violation_grace_s * SECOND_US) * factor)
-    meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services, violations)
+    ends = Ends(KafkaEnds(broker))
+    meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services, violations, ends)
     _run_beside(app, services, settings, meter, rollup)
     return app
 
@@ -194,6 +201,7 @@ def _agents(
     clock: Clock,
     services: Services,
     violations: Violations,
+    ends: Ends,
 ) -> tuple[MeterStage, RollupStage]:
     def table(name: str) -> FaustTable:
         return FaustTable(app.Table(name, key_type=bytes, value_type=bytes, partitions=settings.partitions), outbox)
@@ -209,16 +217,21 @@ def _agents(
         clock=clock,
         generation=generation,
         violations=violations,
+        ends=ends,
     )
-    rollup = RollupStage(table=table("shared"), publisher=publisher, feed=feed, clock=clock, generation=generation)
+    rollup = RollupStage(
+        table=table("shared"), publisher=publisher, feed=feed, clock=clock, generation=generation, ends=ends
+    )
 
     async def meter_agent(stream: Any) -> None:
-        async for record in _records(stream, services):
-            await meter.on_record(record)
+        with ending(services.refuse):
+            async for record in _records(stream, services):
+                await meter.on_record(record)
 
     async def rollup_agent(stream: Any) -> None:
-        async for record in _records(stream, services):
-            await rollup.on_record(record)
+        with ending(services.refuse):
+            async for record in _records(stream, services):
+                await rollup.on_record(record)
 
     app.agent(_topic(app, PACKED, settings.partitions), name="meter")(meter_agent)
     app.agent(_topic(app, ROLLUPS, settings.partitions), name="rollup")(rollup_agent)
@@ -299,10 +312,24 @@ class _Beside(Service):
                 await asyncio.sleep(self.flush_s)
                 continue
             self.services.budgets_changed.clear()
-            await self.meter.flush()
-            await self.rollup.flush()
-            await self.meter.reconsider(self.owned(PACKED))
-            await self.rollup.reconsider(self.owned(ROLLUPS))
+            with ending(self.services.refuse):
+                await self.meter.flush()
+                await self.rollup.flush()
+                await self.meter.reconsider(self.owned(PACKED))
+                await self.rollup.reconsider(self.owned(ROLLUPS))
+
+
+def _reading(consumer: Any, topic: Topic) -> Reading:
+    """Return how far an agent's topic is read and acknowledged, by Faust's own notes."""
+    position = end = 0
+    owned = frozenset(place for place in consumer.assignment() if place.topic == topic.name)
+    for place in owned:
+        reached = consumer._committed_offset.get(place)  # noqa: SLF001 - no public, synchronous position
+        last = consumer.highwater(place)
+        if reached is not None and last is not None:
+            position += reached
+            end += max(reached, last)
+    return Reading(owned, position, end)
 
 
 def _run_beside(app: Any, services: Services, settings: WorkerSettings, meter: MeterStage, rollup: RollupStage) -> None:
@@ -311,6 +338,7 @@ def _run_beside(app: Any, services: Services, settings: WorkerSettings, meter: M
     def owned(topic: Topic) -> set[int]:
         return {partition for name, partition in app.consumer.assignment() if name == topic.name}
 
+    services.metered = lambda: _reading(app.consumer, PACKED)
     # Faust makes the service itself, so its parts come as attributes of its class.
     parts = {
         "services": services,

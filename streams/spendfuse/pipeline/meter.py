@@ -16,11 +16,12 @@ from spendfuse.engine.ids import SLOTS, SeenIds
 from spendfuse.engine.meter import Outcome, PartitionMeter
 from spendfuse.engine.state import ScopeState
 from spendfuse.pipeline.board import Board
-from spendfuse.pipeline.codec import decode_scope, encode_scope
+from spendfuse.pipeline.codec import UnreadableStateError, decode_scope, encode_scope
 from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.intake import reason
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord, Table
+from spendfuse.pipeline.refusal import Ends
 from spendfuse.pipeline.routing import split_state_key, state_key
 from spendfuse.pipeline.violations import Violations
 from spendfuse.wire.base import from_us
@@ -30,6 +31,7 @@ from spendfuse.wire.packed import Packed
 from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
 from spendfuse.wire.scopes import scope_kind
+from spendfuse.wire.topics import USAGE
 
 UNACKED_MAX: Final = 500
 """Most packed messages whose effects are not yet durable; at this many the meter flushes before it reads on."""
@@ -82,9 +84,11 @@ class MeterStage:
         clock: Clock,
         generation: Callable[[], int],
         violations: Violations,
+        ends: Ends | None = None,
     ) -> None:
-        """Take the ports; `generation` changes whenever partitions are assigned anew."""
+        """Take the ports; `generation` changes whenever partitions are assigned anew; `ends` vouches for the state."""
         self.counters = Counters()
+        self._ends = ends
         self._tables = tables
         self._publisher = publisher
         self._feed = feed
@@ -93,6 +97,7 @@ class MeterStage:
         self._violations = violations
         self._current = generation()
         self._partitions: dict[int, _Pending] = {}
+        self._vouched: set[int] = set()
         self._unacked: list[SourceRecord] = []
         self._deliveries: list[Delivery] = []
         self._board = Board()
@@ -116,6 +121,7 @@ class MeterStage:
         except ValidationError as error:
             return [await self._publisher.dead_letter(record, reason(error))]
         pending = self._pending(record.partition)
+        await self._vouch(record.partition, pending)
         now_us = self._clock()
         outcome = pending.meter.apply(usages, self._feed.policies, self._feed.book, now_us)
         pending.dirty |= outcome.touched
@@ -242,7 +248,7 @@ class MeterStage:
     def _drop_if_reassigned(self) -> None:
         generation = self._generation()
         if generation != self._current:
-            self._partitions, self._unacked, self._deliveries = {}, [], []
+            self._partitions, self._unacked, self._deliveries, self._vouched = {}, [], [], set()
             self._board = Board()
             self._current = generation
 
@@ -251,6 +257,14 @@ class MeterStage:
         if pending is None:
             pending = self._partitions[partition] = _Pending(self._open(partition))
         return pending
+
+    async def _vouch(self, partition: int, pending: _Pending) -> None:
+        """Raise `StateMismatchError` when what the partition remembers lies beyond the end of `usage.v1`."""
+        if self._ends is None or partition in self._vouched:
+            return
+        for origin, offset in pending.meter.seen.reached().items():
+            await self._ends.vouch(USAGE.name, origin, offset)
+        self._vouched.add(partition)
 
     def _open(self, partition: int) -> PartitionMeter:
         def load(scope: str) -> ScopeState | None:
@@ -261,7 +275,10 @@ class MeterStage:
         for slot in range(SLOTS):
             value = self._tables.ids.get(state_key(partition, str(slot)))
             if value is not None:
-                seen.restore(value)
+                try:
+                    seen.restore(value)
+                except ValueError as error:
+                    raise UnreadableStateError(f"slot {slot} of partition {partition}: {error}") from error
         return PartitionMeter(partition, load, seen)
 
     def _count(self, outcome: Outcome, usages: int) -> None:

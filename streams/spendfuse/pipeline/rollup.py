@@ -20,11 +20,13 @@ from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.intake import reason
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord, Table
+from spendfuse.pipeline.refusal import Ends
 from spendfuse.pipeline.routing import split_state_key, state_key
 from spendfuse.wire.base import from_us
 from spendfuse.wire.ledger import LedgerEntry
 from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
+from spendfuse.wire.topics import PACKED
 
 UNACKED_MAX: Final = 2_000
 """Most rollups whose effects are not yet durable; at this many the stage flushes before it reads on."""
@@ -47,8 +49,10 @@ class RollupStage:
         feed: PolicyFeed,
         clock: Clock,
         generation: Callable[[], int],
+        ends: Ends | None = None,
     ) -> None:
-        """Take the ports; `generation` changes whenever partitions are assigned anew."""
+        """Take the ports; `generation` changes whenever partitions are assigned anew; `ends` vouches for the state."""
+        self._ends = ends
         self._table = table
         self._publisher = publisher
         self._feed = feed
@@ -83,6 +87,9 @@ class RollupStage:
         if not _is_plausible(rollup, record.value or b""):
             return [await self._publisher.dead_letter(record, "windows or numbers that no meter writes")]
         state = self._state(record.partition, rollup.scope)
+        known = state.parts.get(rollup.partition)
+        if self._ends is not None and known is not None and rollup.as_of < known.as_of:
+            await self._ends.vouch(PACKED.name, rollup.partition, known.as_of)  # else new shares would pass for old
         name = (record.partition, rollup.scope)
         self._dirty.add(name)
         now_us = self._clock()

@@ -6,6 +6,7 @@ agents that keep state are Faust's.
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from spendfuse.client.follow import Follower, Record
 from spendfuse.pipeline import recorder
 from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.intake import Limits, rounds
+from spendfuse.pipeline.lag import SECOND_US, Reading, Staleness, lag_alert
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.recorder import RECORDED
 from spendfuse.pipeline.records import Delivery, Headers, SourceRecord
@@ -37,6 +39,7 @@ INTAKE_RECORDS_MAX: Final = 2_000
 RECORDER_RECORDS_MAX: Final = 500
 POLL_MS: Final = 200
 COMMIT_INTERVAL_S: Final = 1.0
+NS_PER_US: Final = 1_000
 
 log: Any = structlog.get_logger("spendfuse.worker")
 
@@ -141,19 +144,21 @@ class GroupReader:
         with contextlib.suppress(CommitFailedError, IllegalStateError):
             await consumer.commit()
 
-    def lag(self) -> int:
-        """Return how many records of the partitions owned are not yet handled."""
-        total = 0
+    def reading(self) -> Reading:
+        """Return what of the partitions owned has been read, and where they end; handled is what was read."""
+        position = total = 0
         consumer = self._consumer
         if consumer is None:
-            return total
-        for partition in consumer.assignment():
+            return Reading(None, 0, 0)
+        owned = frozenset(consumer.assignment())
+        for partition in owned:
             end = consumer.highwater(partition)
             assignment = consumer._subscription.subscription.assignment  # noqa: SLF001 - no public, synchronous position
             state = assignment.state_value(partition) if assignment else None
             if end is not None and state is not None and state.has_valid_position:
-                total += max(end - state.position, 0)
-        return total
+                position += state.position
+                total += max(end, state.position)
+        return Reading(owned, position, total)
 
 
 def source_record(record: ConsumerRecord) -> SourceRecord:
@@ -191,6 +196,7 @@ class Services:
         self.budgets_changed = asyncio.Event()
         self.is_live: Callable[[], bool] = lambda: True
         self.on_ready: Callable[[], None] = lambda: None
+        self.refuse: Callable[[str], None] = lambda _: None
         self._broker = broker
         self._settings = settings
         self._outbox = outbox
@@ -204,6 +210,8 @@ class Services:
         self._recorder = GroupReader(
             broker, [topic.name for topic in RECORDED], f"{settings.app_id}-recorder", RECORDER_RECORDS_MAX
         )
+        self.metered: Callable[[], Reading] = lambda: Reading(None, 0, 0)
+        self._staleness = Staleness(settings.stale_lag_s * SECOND_US)
         self._limits = Limits(settings.usage_age_max_s * 1_000_000, settings.usage_ahead_max_s * 1_000_000)
 
     async def start(self) -> None:
@@ -275,7 +283,7 @@ class Services:
     async def heartbeats(self) -> None:
         """Give a sign of life for ever."""
         while True:
-            self.counters.lag = self._intake.lag()
+            await self._observe_lag()
             beat = Heartbeat(
                 emitter=self._emitter,
                 ts=from_us(self._clock()),
@@ -284,6 +292,7 @@ class Services:
                 price_book=self._feed.book.version,
                 budgets=len(self._feed.policies.budgets),
                 lag=self.counters.lag,
+                stale=self._staleness.stale,
             )
             with contextlib.suppress(KafkaError):  # the agents' own sends decide whether a broker's absence is fatal
                 await (
@@ -296,6 +305,20 @@ class Services:
                     )
                 )
             await asyncio.sleep(self._settings.heartbeat_s)
+
+    async def _observe_lag(self) -> None:
+        """Measure how far intake and meter are behind; say when that becomes too far, and when it is over."""
+        stages = {"intake": self._intake.reading(), "meter": self.metered()}
+        self.counters.lag = stages["intake"].records
+        # Time passes here as on the wall, whatever clock usage is judged by.
+        turned = self._staleness.observe(stages, time.monotonic_ns() // NS_PER_US)
+        if turned is None:
+            return
+        records = sum(reading.records for reading in stages.values())
+        alert = lag_alert(self._emitter, self._staleness.lag_us, records, self._clock(), over=not turned)
+        log.warning("stale" if turned else "live again", lag_s=self._staleness.lag_us // SECOND_US, records=records)
+        with contextlib.suppress(KafkaError):  # as with heartbeats
+            await (await self._publisher.alert(alert))
 
     def _on_budget(self, record: Record) -> None:
         refused = self._feed.budget_record(record.key, record.value)

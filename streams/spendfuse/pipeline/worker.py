@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from spendfuse.pipeline.app import create_app
+from spendfuse.pipeline.refusal import EXIT_REFUSED, StateMismatchError, check_changelogs
 from spendfuse.pipeline.topics import TopicMismatchError, ensure_topics
 from spendfuse.settings import BrokerSettings, ClockSettings, SettingsError, WorkerSettings
 
@@ -62,7 +64,11 @@ def run(broker: BrokerSettings, settings: WorkerSettings, clocks: ClockSettings)
     try:
         Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
         asyncio.run(ensure_topics(broker, partitions=settings.partitions, replication=settings.replication))
-        app = create_app(broker, settings, clocks, on_ready=watchdog.cancel)
+        asyncio.run(check_changelogs(broker, settings.app_id, settings.partitions))
+        app = create_app(broker, settings, clocks, on_ready=watchdog.cancel, refuse=_refuse(settings))
+    except StateMismatchError as error:
+        log.critical("refused to run", reason=str(error))
+        return EXIT_REFUSED
     except (SettingsError, TopicMismatchError) as error:
         log.error("cannot start", reason=str(error))  # noqa: TRY400 - the sentence is the message, not a traceback
         return EXIT_USAGE
@@ -78,6 +84,18 @@ def run(broker: BrokerSettings, settings: WorkerSettings, clocks: ClockSettings)
             log.critical("worker ended", exit_code=stopped.code, exc_info=stopped.__context__)
         return int(stopped.code or 0)
     return 0
+
+
+def _refuse(settings: WorkerSettings) -> Callable[[str], None]:
+    """Return what ends the process at once: an orderly end would write and acknowledge what must not be."""
+
+    def refuse(sentence: str) -> None:
+        log.critical("refused to run", reason=sentence)
+        if settings.ready_file:
+            Path(settings.ready_file).unlink(missing_ok=True)
+        os._exit(EXIT_REFUSED)
+
+    return refuse
 
 
 def _spare_the_collector() -> None:

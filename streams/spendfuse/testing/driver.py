@@ -28,6 +28,7 @@ from spendfuse.pipeline.intake import Limits, rounds
 from spendfuse.pipeline.meter import MeterStage, MeterTables
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Headers, SourceRecord
+from spendfuse.pipeline.refusal import Ends
 from spendfuse.pipeline.register import Register
 from spendfuse.pipeline.rollup import RollupStage
 from spendfuse.pipeline.routing import partition_of, split_state_key, state_key
@@ -378,6 +379,7 @@ class PipelineDriver:
             "feed": self._feed,
             "clock": lambda: self.now_us,
             "generation": lambda: self._generation,
+            "ends": Ends(self._end_of, 0.0),
         }
         violations = Violations(self._register.halts, self._violation_grace_us)
         self._meter = MeterStage(tables=self._meter_tables, violations=violations, **ports)
@@ -388,6 +390,9 @@ class PipelineDriver:
             return None
         own = {self._signer.kid: PublicKey(self._signer.public_bytes)}
         return Verifier(self._public_keys | own, lambda: self.now_us)
+
+    async def _end_of(self, topic: str, partition: int) -> int:
+        return len(self._topics.log((topic, partition)))
 
     def _tables(self) -> None:
         self._meter_tables = MeterTables(
