@@ -15,6 +15,7 @@ from spendfuse.pipeline.feed import PolicyFeed, budget_key
 from spendfuse.pipeline.meter import UNACKED_MAX, MeterStage, MeterTables
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.rollup import RollupStage
+from spendfuse.pipeline.violations import Halts, Violations
 from spendfuse.wire import Budget, encode
 from spendfuse.wire.topics import ALERTS, COMMANDS, DEAD_LETTERS, LEDGER, PACKED, ROLLUPS
 
@@ -107,7 +108,8 @@ class Worker:
             "clock": lambda: SAMPLE.now_us,
             "generation": lambda: self.generation,
         }
-        self.meter = MeterStage(tables=MeterTables(self.ports.scopes, self.ports.ids), **common)
+        tables = MeterTables(self.ports.scopes, self.ports.ids)
+        self.meter = MeterStage(tables=tables, violations=Violations(Halts(), 60_000_000), **common)
         self.rollup = RollupStage(table=self.ports.shared, **common)
 
     def record(self, source: SourceRecord) -> SourceRecord:
