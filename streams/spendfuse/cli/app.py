@@ -28,6 +28,7 @@ from spendfuse.cli.options import examples
 
 EXIT_CODES: Final = (
     "Exit codes: 0 ok, 1 a check failed, 2 wrong usage, 64 settings or a file at fault, "
+    "65 state and topics that do not fit, "
     "69 broker or database away, 70 a fault of spendfuse, 130 interrupted."
 )
 
