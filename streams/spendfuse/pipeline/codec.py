@@ -96,7 +96,7 @@ def _decode(decoder: "msgspec.msgpack.Decoder[_T]", value: bytes) -> _T:
     if value[:1] != VERSION:
         raise UnreadableStateError(
             f"a state record has codec version {value[:1]!r}, and this worker reads {VERSION!r}: "
-            "run the version that wrote it, or follow streams/README.md"
+            "run the version that wrote it, or rebuild the state from the ledger"
         )
     try:
         return decoder.decode(value[1:])
