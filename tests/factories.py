@@ -10,13 +10,17 @@ from spendfuse.engine.ids import SeenIds
 from spendfuse.engine.meter import PartitionMeter
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.prices import PriceBook
-from spendfuse.wire.base import from_us, to_us
+from spendfuse.pipeline import quick
+from spendfuse.wire.base import encode, from_us, to_us
 from spendfuse.wire.budget import Budget, Cap, DegradeRule, WindowSpec
-from spendfuse.wire.packed import PackedUsage
+from spendfuse.wire.packed import Packed, PackedUsage
 from spendfuse.wire.prices import PriceRow, Rates
 from spendfuse.wire.usage import Tokens, Usage
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spendfuse.engine.call import Call
     from spendfuse.engine.state import ScopeState
 
 SECOND = 1_000_000
@@ -53,6 +57,20 @@ def usage(nth: int = 0, *, ts_us: int = NOW, output: int = 1, **more: Any) -> Us
 def packed(message: Usage, offset: int, *, partition: int = 0, nth: int = 0, t: int = -1) -> PackedUsage:
     """Return a usage with its origin."""
     return PackedUsage(p=partition, o=offset, i=nth, t=t, u=message)
+
+
+def call(message: Usage, offset: int, *, partition: int = 0, nth: int = 0, t: int = -1) -> Call:
+    """Return a usage as the meter takes it."""
+    return calls([packed(message, offset, partition=partition, nth=nth, t=t)])[0]
+
+
+def calls(messages: Sequence[PackedUsage]) -> list[Call]:
+    """Return packed usages as the meter takes them, by the way they take in production."""
+    if not messages:
+        return []
+    found = quick.calls(encode(Packed(usages=list(messages))))
+    assert found is not None, "what the models write is what the quick way reads"
+    return found
 
 
 def rates(each: int = MILLION, **more: int) -> Rates:
@@ -107,7 +125,7 @@ class Line:
     def spend(self, output: int = 1, now_us: int = NOW, ts_us: int | None = None, **more: Any) -> Effects:
         self.offset += 1
         message = usage(self.offset, ts_us=now_us if ts_us is None else ts_us, output=output, **more)
-        return self.meter.apply([packed(message, self.offset)], self.policies, self.book, now_us).effects
+        return self.meter.apply([call(message, self.offset)], self.policies, self.book, now_us).effects
 
     def change(self, *budgets: Budget, now_us: int = NOW, prices: Any = None) -> Effects:
         self.policies, self.book = Policies(budgets), prices or self.book

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from factories import calls
 from spendfuse.engine.decide import Effects
 from spendfuse.engine.ids import SeenIds
 from spendfuse.engine.meter import PartitionMeter
@@ -73,7 +74,7 @@ class Play:
             self.meters[partition] = PartitionMeter(partition, lambda _: None, SeenIds())
         meter = self.meters[partition]
         usages = [parsed(PackedUsage, each) for each in step["usages"]]
-        outcome = meter.apply(usages, self.policies, self.book, now_us)
+        outcome = meter.apply(calls(usages), self.policies, self.book, now_us)
         _gather(effects, outcome.effects)
         for scope in sorted(outcome.touched):
             rollup = meter.rollup(scope, self.steps, now_us)

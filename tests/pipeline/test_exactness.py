@@ -15,6 +15,7 @@ from pipeline.oracle import Truth
 from pipeline.samples import BOOK, INPUT_NANOS, budget, call, cap, driver
 from spendfuse.engine.ids import IDS_PER_SLOT
 from spendfuse.pipeline.codec import UnreadableStateError
+from spendfuse.pipeline.ledger_text import entry_texts
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.testing import PipelineDriver
 from spendfuse.testing.memory import MemoryOutbox, MemoryTopics, Power
@@ -313,7 +314,7 @@ async def test_many_entries_are_split_into_messages_that_kafka_takes_in_their_or
         )
         for offset in range(1_500)
     ]
-    await publisher.ledger(0, "name", entries)
+    await publisher.ledger(0, "name", entry_texts(entries), 0)
     sizes = [len(record.value or b"") for record in topics.records(LEDGER.name)]
     assert len(sizes) == 4
     assert 850_000 < max(sizes) <= 900_100

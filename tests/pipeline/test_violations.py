@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import factories
 from factories import at, usage
 from pipeline.samples import INPUT_NANOS, budget, call, cap, driver
+from spendfuse.engine.meter import Charged
+from spendfuse.engine.prices import Charge
 from spendfuse.pipeline.violations import Halts, Violations
 from spendfuse.testing import PipelineDriver
 from spendfuse.wire import Command
 from spendfuse.wire.base import from_us, to_us
-from spendfuse.wire.ledger import Charge, LedgerEntry
 from spendfuse.wire.topics import COMMANDS
 
 if TYPE_CHECKING:
@@ -121,12 +123,9 @@ def order(
     return Command.model_validate(values | {"issued_at": from_us(T0 + issued_s * SECOND)} | more)
 
 
-def charged(nth: int, second: int, nanos: int = 10) -> LedgerEntry:
-    return LedgerEntry(
-        kind="charge", topic="spendfuse.usage.v1", partition=0, offset=nth, at=from_us(T0),
-        usage=usage(nth, ts_us=T0 + second * SECOND),
-        charge=Charge(cost_nanos=nanos, currency="USD", price_book="t", priced_by="book", rates=[1] * 5),
-    )  # fmt: skip
+def charged(nth: int, second: int, nanos: int = 10) -> Charged:
+    charge = Charge(nanos, "USD", "t", "book", (1, 1, 1, 1, 1), tier_known=True)
+    return Charged("charge", factories.call(usage(nth, ts_us=T0 + second * SECOND), nth), charge, late=False, at_us=T0)
 
 
 @settings(deadline=None)

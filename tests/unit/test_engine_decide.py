@@ -16,8 +16,8 @@ from factories import (
     at,
     book,
     budget,
+    call,
     cap,
-    packed,
     row,
     told,
     usage,
@@ -131,7 +131,7 @@ def test_late_usage_within_grace_trips_the_old_window_with_an_alert_and_no_comma
 def test_usage_later_than_the_grace_is_charged_flagged_and_trips_nothing() -> None:
     line = Line(budget(cap(100), grace_s=60))
     line.spend(99, MIDNIGHT - 1)
-    message = packed(usage(99, ts_us=MIDNIGHT - 1, output=500), 99)
+    message = call(usage(99, ts_us=MIDNIGHT - 1, output=500), 99)
     outcome = line.meter.apply([message], line.policies, line.book, MIDNIGHT + MINUTE)
     assert told(outcome.effects) == []
     (entry,) = outcome.entries
@@ -247,7 +247,7 @@ def test_the_same_usage_leads_to_the_same_bytes_but_for_when_it_was_said() -> No
         line = Line(budget(cap(100, warn=[5_000]), cap(40, "rolling 60m", id="r")))
         said = []
         for nth in range(12):
-            message = packed(usage(nth, ts_us=NOW + nth * SECOND, output=10), nth)
+            message = call(usage(nth, ts_us=NOW + nth * SECOND, output=10), nth)
             said += line.meter.apply(
                 [message], line.policies, line.book, NOW + nth * SECOND + later_us
             ).effects.commands

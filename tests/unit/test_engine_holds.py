@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factories import AGENT, MINUTE, NOW, SECOND, Line, at, budget, cap, meter, packed, told, usage
+from factories import AGENT, MINUTE, NOW, SECOND, Line, at, budget, call, cap, meter, told, usage
 from spendfuse.engine.meter import HOLD_US_DEFAULT, HOLD_US_MAX
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.rollup import apply_rollup, held_by
@@ -236,7 +236,7 @@ def test_holds_of_a_team_are_a_gauge_that_trips_and_runs_out_although_its_partit
 
 def test_a_replay_of_started_and_finished_leaves_no_hold_behind() -> None:
     line = Line()
-    messages = [packed(usage(1, kind="started", output=9), 1), packed(usage(1, output=3), 2)]
+    messages = [call(usage(1, kind="started", output=9), 1), call(usage(1, output=3), 2)]
     for _ in range(2):
         line.meter.apply(messages, Policies(), line.book, NOW)
         for scope in (AGENT, TEAM):
@@ -246,7 +246,7 @@ def test_a_replay_of_started_and_finished_leaves_no_hold_behind() -> None:
 
 def test_a_trip_of_a_call_in_flight_is_known_again_after_a_crash_that_kept_the_ids_only() -> None:
     line = Line(budget(cap(100)))
-    messages = [packed(usage(1, kind="started", output=100), 1), packed(usage(1, output=3), 2)]
+    messages = [call(usage(1, kind="started", output=100), 1), call(usage(1, output=3), 2)]
     first = line.meter.apply(messages, line.policies, line.book, NOW).effects.commands
     assert [command.action for command in first] == ["halt", "resume"]
     crashed = meter()

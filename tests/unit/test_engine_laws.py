@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factories import DAY, HOUR, MINUTE, NOW, Line, book, budget, cap, packed, row, usage
+from factories import DAY, HOUR, MINUTE, NOW, Line, book, budget, calls, cap, packed, row, usage
 from spendfuse.engine.ids import SeenIds
 from spendfuse.engine.meter import Outcome, PartitionMeter
 from spendfuse.engine.policies import Policies
@@ -149,7 +149,7 @@ def cut(usages: list[PackedUsage], cuts: list[int]) -> list[list[PackedUsage]]:
 
 def run(messages: list[list[PackedUsage]], partition: int = 0) -> tuple[PartitionMeter, list[Outcome]]:
     meter = PartitionMeter(partition, lambda _: None, SeenIds())
-    return meter, [meter.apply(message, POLICIES, PRICES, LATE) for message in messages]
+    return meter, [meter.apply(calls(message), POLICIES, PRICES, LATE) for message in messages]
 
 
 def said(outcomes: list[Outcome]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -212,7 +212,7 @@ def test_any_suffix_may_be_replayed_and_changes_nothing(made: list[Event], cuts:
         meter, first = run(messages)
         before = deepcopy(meter.states)
         start = back % (len(messages) + 1)
-        again = [meter.apply(message, POLICIES, PRICES, LATE) for message in messages[start:]]
+        again = [meter.apply(calls(message), POLICIES, PRICES, LATE) for message in messages[start:]]
         assert meter.states == before
         assert said(again) == ([], [], [])
         assert [outcome.touched for outcome in again] == [set()] * len(again)
@@ -236,7 +236,7 @@ def test_a_crash_with_each_key_durable_at_another_moment_changes_nothing(
         ids: list[dict[int, bytes]] = [{}]
         first = []
         for message in messages:
-            first.append(meter.apply(message, POLICIES, PRICES, LATE))
+            first.append(meter.apply(calls(message), POLICIES, PRICES, LATE))
             states.append(deepcopy(meter.states))
             ids.append(ids[-1] | meter.seen.take_dirty())
         acked = back % (len(messages) + 1)  # everything up to here was durable; beyond it, each key as it happened
@@ -250,7 +250,7 @@ def test_a_crash_with_each_key_durable_at_another_moment_changes_nothing(
         for value in ids[data.draw(moment, label="ids")].values():
             seen.restore(value)
         again = PartitionMeter(0, stored.get, seen)
-        replayed = [again.apply(message, POLICIES, PRICES, LATE) for message in messages[acked:]]
+        replayed = [again.apply(calls(message), POLICIES, PRICES, LATE) for message in messages[acked:]]
         for scope, state in meter.states.items():
             assert again.state(scope) == state, scope
         assert again.seen.origins == meter.seen.origins
@@ -263,7 +263,7 @@ def shares(by_partition: dict[int, list[PackedUsage]], cuts: list[int]) -> list[
     for partition, usages in by_partition.items():
         meter = PartitionMeter(partition, lambda _: None, SeenIds())
         for as_of, message in enumerate(cut(usages, cuts)):
-            outcome = meter.apply(message, POLICIES, PRICES, LATE)
+            outcome = meter.apply(calls(message), POLICIES, PRICES, LATE)
             for scope in sorted(outcome.touched):
                 rollup = meter.rollup(scope, as_of, LATE)
                 if rollup is not None:
@@ -351,7 +351,7 @@ def test_a_fuse_trips_exactly_when_its_cap_is_crossed_once_for_a_window(
             if before < amount <= spent[agent, hour]:
                 expected.append((agent, each.u.id, hour == LATE // HOUR))
         meter = PartitionMeter(0, lambda _: None, SeenIds())
-        outcomes = [meter.apply(message, line.policies, PRICES, LATE) for message in cut(usages, cuts)]
+        outcomes = [meter.apply(calls(message), line.policies, PRICES, LATE) for message in cut(usages, cuts)]
         commands, shadow, alerts = said(outcomes)
         assert [(alert.scope, alert.usage_id) for alert in alerts] == [(agent, call) for agent, call, _ in expected]
         assert [(command.scope, command.cause.usage_id) for command in commands] == [
@@ -414,7 +414,7 @@ def test_no_usage_that_the_wire_takes_stops_a_partition(usages: list[Usage], lat
     states: dict[str, SharedState] = defaultdict(SharedState)
     for nth, message in enumerate(usages):
         now_us = LATE + later_us * nth
-        outcome = meter.apply([packed(message, nth)], policies, prices, now_us)
+        outcome = meter.apply(calls([packed(message, nth)]), policies, prices, now_us)
         for scope in outcome.touched:
             rollup = meter.rollup(scope, nth, now_us)
             if rollup is not None:

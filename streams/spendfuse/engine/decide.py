@@ -22,6 +22,7 @@ from spendfuse.engine.state import Fired, Fuse
 from spendfuse.engine.windows import (
     FOREVER_US,
     ROLLING_SLOTS,
+    RUN_KEY,
     RUN_WINDOW,
     SECOND_US,
     Window,
@@ -124,6 +125,40 @@ def decide(
             effects = effects or Effects()
             _release(scope, limit, spend, held, known, cause, effects, now_us=now_us, price_book=price_book)
     return effects
+
+
+def is_quiet(policy: ScopePolicy, spend: Spend, held: Held, fuses: dict[str, Fuse], ts_us: int, now_us: int) -> bool:
+    """Say at little cost whether `decide` would return None for one usage at `ts_us`; False when it must be asked.
+
+    Nearly every usage reaches no line of any cap that has not fired, and asks for nothing else.
+    """
+    return not policy.limits or (
+        held is NOTHING_HELD
+        and all(_reaches_nothing(limit, spend, fuses.get(limit.key), ts_us, now_us) for limit in policy.limits)
+    )
+
+
+def _reaches_nothing(limit: Limit, spend: Spend, fuse: Fuse | None, ts_us: int, now_us: int) -> bool:
+    """Say whether spend alone has reached no line of a cap, or none beyond the one that fired in the window."""
+    if not limit.lines:
+        return fuse is None
+    kind, rolling_s = limit.cap.window.kind, limit.cap.window.rolling_s
+    fired: Fired | None = None
+    if rolling_s is not None:
+        if fuse is not None:
+            return False  # what has fired may have to be prolonged
+        totals = spend.in_rolling(rolling_s, now_us)
+    else:
+        key = RUN_KEY if kind == "run" else calendar_window(kind, limit.budget.timezone, ts_us).key
+        totals = spend.in_window(key)
+        fired = None if fuse is None else fuse.fired.get(key)
+        if fuse is not None and (fired is None or any(each.held for each in fuse.fired.values())):
+            return False
+    scaled = (totals[TOKENS] if limit.in_tokens else totals[NANOS]) * BASIS_POINTS
+    if fired is None:
+        return scaled < limit.lines[0]
+    reached = fired.fraction * limit.cap.amount
+    return all(line <= reached or scaled < line for line in limit.lines)
 
 
 def _outlasts(limit: Limit, spend: Spend, held: Held, fuse: Fuse, now_us: int) -> bool:

@@ -7,9 +7,9 @@ least `(SLOTS - 1) * IDS_PER_SLOT` ids of a partition.
 import hashlib
 import struct
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
-from spendfuse.wire.packed import INDEX_BITS, Origin
+from spendfuse.wire.packed import INDEX_BITS
 from spendfuse.wire.usage import Usage
 
 DIGEST_BYTES: Final = 12
@@ -23,8 +23,21 @@ Verdict = Literal["new", "replay", "duplicate"]
 
 def usage_digest(usage: Usage, kind: str = "") -> bytes:
     """Return the digest of a call id within its agent, and of the kind (`progress` repeats, so it has none)."""
-    name = f"{usage.workspace}/{usage.team}/{usage.agent}\n{usage.id}\n{kind or usage.kind}"
-    return hashlib.blake2b(name.encode(), digest_size=DIGEST_BYTES).digest()
+    return call_digest(usage.agent_path, usage.id, kind or usage.kind)
+
+
+def call_digest(path: str, call_id: str, kind: str) -> bytes:
+    """Return the digest of a call id within an agent's path, and of a kind."""
+    return hashlib.blake2b(f"{path}\n{call_id}\n{kind}".encode(), digest_size=DIGEST_BYTES).digest()
+
+
+class Placed(Protocol):
+    """What came from a place in `usage.v1`: an `Origin`, or a call."""
+
+    @property
+    def partition(self) -> int: ...  # noqa: D102 - as in Origin
+    @property
+    def position(self) -> int: ...  # noqa: D102 - as in Origin
 
 
 @dataclass(slots=True)
@@ -36,14 +49,14 @@ class SeenIds:
     sequence: int = 0
     dirty: set[int] = field(default_factory=set)
 
-    def judge(self, digest: bytes, origin: Origin) -> Verdict:
+    def judge(self, digest: bytes, origin: Placed) -> Verdict:
         """Return whether a usage is new, seen from this very place, or seen from another."""
         known = self.origins.get(digest)
         if known is None:
             return "new"
         return "replay" if known == (origin.partition, origin.position) else "duplicate"
 
-    def remember(self, digest: bytes, origin: Origin) -> None:
+    def remember(self, digest: bytes, origin: Placed) -> None:
         """Remember a new id; the oldest slot is forgotten when the ring is full."""
         slot = self.slots.setdefault(self.sequence, [])
         if len(slot) >= IDS_PER_SLOT:

@@ -4,27 +4,37 @@ Every key has its own watermark: a usage at or below it changes nothing there, s
 the keys had become durable (design.md section 6).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal, NamedTuple
 
-from spendfuse.engine.decide import NOBODY, CausedBy, Effects, Held, decide, deny_unknown_model, reconsider
+from spendfuse.engine.call import Call, Who
+from spendfuse.engine.decide import (
+    NOBODY,
+    NOTHING_HELD,
+    CausedBy,
+    Effects,
+    Held,
+    decide,
+    deny_unknown_model,
+    is_quiet,
+    reconsider,
+)
 from spendfuse.engine.due import Due
-from spendfuse.engine.ids import SeenIds, usage_digest
+from spendfuse.engine.ids import SeenIds, call_digest
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.prices import Charge, PriceBook
 from spendfuse.engine.remaining import remaining_of, rolls_at
-from spendfuse.engine.spend import Hold
+from spendfuse.engine.spend import Hold, misses
 from spendfuse.engine.state import NOTED_MAX, ScopeState
-from spendfuse.engine.windows import calendar_window
-from spendfuse.wire.base import from_us, to_us, trusted
+from spendfuse.engine.windows import QUARTER_US, calendar_window
+from spendfuse.wire.base import from_us
 from spendfuse.wire.control import Alert, Cause
 from spendfuse.wire.ledger import Charge as WireCharge
 from spendfuse.wire.ledger import LedgerEntry
-from spendfuse.wire.packed import Origin, PackedUsage
 from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
-from spendfuse.wire.scopes import agent_scope, scope_kind, shared_scopes
+from spendfuse.wire.scopes import scope_kind
 from spendfuse.wire.topics import USAGE
 from spendfuse.wire.usage import Usage
 
@@ -35,28 +45,69 @@ HOLD_US_MAX: Final = 86_400_000_000
 Load = Callable[[str], ScopeState | None]
 
 
+class Charged(NamedTuple):
+    """A call with its price: charged, found to be a duplicate of one that was, or (in flight) the most it may cost.
+
+    `late` as the ledger says it.
+    """
+
+    kind: Literal["charge", "duplicate", "hold"]
+    call: Call
+    charge: Charge
+    late: bool
+    at_us: int
+
+    def entry(self) -> LedgerEntry:
+        """Return it as the ledger has it; `pipeline.ledger_text` writes the same without the objects.
+
+        Raises `ValueError` for a hold, which the ledger does not have.
+        """
+        call, charge = self.call, self.charge
+        if self.kind == "hold":
+            raise ValueError(f"{call.used.id} is in flight: the ledger has it once it is charged")
+        return LedgerEntry(
+            kind=self.kind,
+            topic=USAGE.name,
+            partition=call.partition,
+            offset=call.offset,
+            index=call.nth,
+            at=from_us(self.at_us),
+            late=self.late,
+            usage=Usage.model_validate_json(call.body),
+            charge=WireCharge(**charge._asdict() | {"rates": list(charge.rates)}),
+        )
+
+
 @dataclass(slots=True)
 class Outcome:
-    """What one packed message led to: entries for the ledger, effects, and the scopes whose state changed."""
+    """What one packed message led to: charges for the ledger, effects, and the scopes whose state changed."""
 
-    entries: list[LedgerEntry] = field(default_factory=list)
+    charged: list[Charged] = field(default_factory=list)
     effects: Effects = field(default_factory=Effects)
     touched: set[str] = field(default_factory=set)
     replays: int = 0
     duplicates: int = 0
 
+    @property
+    def entries(self) -> list[LedgerEntry]:
+        """Return what was charged, as entries of the ledger."""
+        return [each.entry() for each in self.charged]
+
 
 @dataclass(slots=True)
-class _Step:
-    """One usage on its way through the scopes."""
+class _Round:
+    """One packed message: what is in force, what has come of it so far, and what its shared scopes still take in.
 
-    usage: Usage
-    origin: Origin
-    charge: Charge
-    cause: CausedBy
-    tokens: int
+    `last` is the last call of each scope that changed.
+    """
+
+    policies: Policies
+    book: PriceBook
     now_us: int
-    late: bool = False
+    outcome: Outcome = field(default_factory=Outcome)
+    last: dict[str, Call] = field(default_factory=dict)
+    shared: dict[str, list[Charged]] = field(default_factory=dict)
+    late: dict[tuple[Who, int], bool] = field(default_factory=dict)
 
 
 class PartitionMeter:
@@ -78,144 +129,161 @@ class PartitionMeter:
             state = self.states[scope] = self._load(scope) or ScopeState()
         return state
 
-    def apply(self, usages: Sequence[PackedUsage], policies: Policies, book: PriceBook, now_us: int) -> Outcome:
-        """Fold one packed message into the state and return what follows from it."""
-        outcome = Outcome()
-        for packed in usages:
-            usage, origin = packed.u, packed.origin
-            if usage.kind == "finished":
-                self._finished(usage, origin, packed.t, policies, book, now_us, outcome)
-            else:
-                self._in_flight(usage, origin, packed.t, policies, book, now_us, outcome)
-        return outcome
+    def apply(self, calls: Iterable[Call], policies: Policies, book: PriceBook, now_us: int) -> Outcome:
+        """Fold one packed message into the state and return what follows from it.
 
-    def _finished(
-        self,
-        usage: Usage,
-        origin: Origin,
-        produced_at_ms: int,
-        policies: Policies,
-        book: PriceBook,
-        now_us: int,
-        outcome: Outcome,
-    ) -> None:
-        digest = usage_digest(usage)
-        verdict = self.seen.judge(digest, origin)
-        step = self._step(usage, origin, produced_at_ms, book, now_us)
+        An agent's caps are judged at every call; a scope that agents share is brought up to date once, with all the
+        calls of the message in their order, since its caps are judged on the sum of all partitions.
+        """
+        this = _Round(policies, book, now_us)
+        for call in calls:
+            if call.used.kind == "finished":
+                self._finished(call, this)
+            else:
+                self._in_flight(call, this)
+        for scope, steps in this.shared.items():
+            self._fold_shared(scope, steps, this)
+        for scope, call in this.last.items():
+            self.causes[scope] = _cause(call)
+        this.outcome.touched |= this.last.keys()
+        return this.outcome
+
+    def _finished(self, call: Call, this: _Round) -> None:
+        used, who, outcome = call.used, call.who, this.outcome
+        digest = call_digest(who.path, used.id, "finished")
+        verdict = self.seen.judge(digest, call)
+        charge = this.book.price(used, call.ts_us)
         if verdict == "duplicate":
             outcome.duplicates += 1
-            outcome.entries.append(_entry("duplicate", step))
+            outcome.charged.append(Charged("duplicate", call, charge, False, this.now_us))
             return
         if verdict == "new":
-            self.seen.remember(digest, origin)
+            self.seen.remember(digest, call)
         else:
             outcome.replays += 1
-        agent = agent_scope(usage.workspace, usage.team, usage.agent)
-        for scope in (agent, *shared_scopes(usage)):
-            state = self._advance(scope, step, outcome)
-            if state is None:
-                continue
-            state.spend.settle(_call(scope, agent, usage))
-            plan = policies.of(scope).plan
-            step.late |= state.spend.add(plan, step.cause.ts_us, now_us, step.charge.cost_nanos, step.tokens)
-        self._judge_agent(agent, step, policies, outcome)
-        outcome.entries.append(_entry("charge", step))
+        step = Charged("charge", call, charge, self._is_late(call, this), this.now_us)
+        outcome.charged.append(step)
+        state = self._advance(call, this)
+        if state is not None:
+            state.spend.settle(used.id)
+            plan = this.policies.of(who.agent).plan
+            state.spend.add(plan, call.ts_us, this.now_us, charge.cost_nanos, call.tokens)
+            self._judge_agent(state, step, this)
+        self._later_shared(step, this)
 
-    def _in_flight(
-        self,
-        usage: Usage,
-        origin: Origin,
-        produced_at_ms: int,
-        policies: Policies,
-        book: PriceBook,
-        now_us: int,
-        outcome: Outcome,
-    ) -> None:
-        finished = self.seen.origins.get(usage_digest(usage, "finished"))
+    def _in_flight(self, call: Call, this: _Round) -> None:
+        used, who = call.used, call.who
+        finished = self.seen.origins.get(call_digest(who.path, used.id, "finished"))
         # A straggler, whose call has been charged, is ignored. On a replay the ids may know what the sums do not yet:
         # there the charge lies behind, and the hold is taken as it was the first time.
-        if finished is not None and (finished[0] != origin.partition or finished[1] <= origin.position):
+        if finished is not None and (finished[0] != call.partition or finished[1] <= call.position):
             return
-        step = self._step(usage, origin, produced_at_ms, book, now_us)
-        deadline_us = to_us(usage.deadline) if usage.deadline else now_us + HOLD_US_DEFAULT
-        deadline_us = min(deadline_us, now_us + HOLD_US_MAX)
-        bound = Hold(step.charge.cost_nanos, step.tokens, deadline_us)
-        agent = agent_scope(usage.workspace, usage.team, usage.agent)
-        for scope in (agent, *shared_scopes(usage)):
-            state = self._advance(scope, step, outcome)
-            if state is None:
-                continue
-            call = _call(scope, agent, usage)
-            hold, known = bound, state.spend.holds.get(call)
-            if known is not None and known.deadline_us > now_us:
-                # Progress beyond the bound raises the hold; below it the bound stands. Only a deadline extends it.
-                until_us = max(known.deadline_us, deadline_us) if usage.deadline else known.deadline_us
-                hold = Hold(max(bound.nanos, known.nanos), max(bound.tokens, known.tokens), until_us)
-            if state.spend.hold(call, hold, now_us):
-                self.due.watch(scope, hold.deadline_us)
-        self._judge_agent(agent, step, policies, outcome)
+        step = Charged("hold", call, this.book.price(used, call.ts_us), False, this.now_us)
+        state = self._advance(call, this)
+        if state is not None:
+            self._hold(who.agent, used.id, state, step)
+            self._judge_agent(state, step, this)
+        self._later_shared(step, this)
 
-    def _step(self, usage: Usage, origin: Origin, produced_at_ms: int, book: PriceBook, now_us: int) -> _Step:
-        cause = CausedBy(usage.id, to_us(usage.ts), origin.partition, origin.offset, produced_at_ms)
-        return _Step(usage, origin, book.charge(usage), cause, usage.tokens.total, now_us)
+    @staticmethod
+    def _later_shared(step: Charged, this: _Round) -> None:
+        for scope in step.call.who.shared:
+            steps = this.shared.get(scope)
+            if steps is None:
+                this.shared[scope] = [step]
+            else:
+                steps.append(step)
 
-    def _advance(self, scope: str, step: _Step, outcome: Outcome) -> ScopeState | None:
-        """Move a scope's watermark past a usage; None when the usage is already in its sums."""
+    def _fold_shared(self, scope: str, steps: list[Charged], this: _Round) -> None:
+        """Bring a shared scope up to date: the steps above its watermarks, in order."""
         state = self.state(scope)
-        position = step.origin.position
-        if position <= state.marks.get(step.origin.partition, -1):
+        marks, spend = state.marks, state.spend
+        charges: list[tuple[int, int, int]] = []
+        last: Call | None = None
+        for step in steps:
+            call = step.call
+            if call.position <= marks.get(call.partition, -1):
+                continue  # already in its sums
+            marks[call.partition] = call.position
+            last = call
+            # An id is an agent's own, so where agents share a scope its path belongs to it.
+            if step.kind == "hold":
+                self._hold(scope, f"{call.who.path}/{call.used.id}", state, step)
+                continue
+            if spend.holds:
+                spend.settle(f"{call.who.path}/{call.used.id}")
+            charges.append((call.ts_us, step.charge.cost_nanos, call.tokens))
+        if last is not None:
+            spend.add_all(this.policies.of(scope).plan, charges, this.now_us)
+            this.last[scope] = last
+
+    def _hold(self, scope: str, name: str, state: ScopeState, step: Charged) -> None:
+        call, now_us = step.call, step.at_us
+        deadline_us = now_us + HOLD_US_DEFAULT if call.deadline_us is None else call.deadline_us
+        deadline_us = min(deadline_us, now_us + HOLD_US_MAX)
+        hold, known = Hold(step.charge.cost_nanos, call.tokens, deadline_us), state.spend.holds.get(name)
+        if known is not None and known.deadline_us > now_us:
+            # Progress beyond the bound raises the hold; below it the bound stands. Only a deadline extends it.
+            until_us = known.deadline_us if call.deadline_us is None else max(known.deadline_us, deadline_us)
+            hold = Hold(max(hold.nanos, known.nanos), max(hold.tokens, known.tokens), until_us)
+        if state.spend.hold(name, hold, now_us):
+            self.due.watch(scope, hold.deadline_us)
+
+    def _advance(self, call: Call, this: _Round) -> ScopeState | None:
+        """Move an agent's watermark past a call of its own; None when the call is already in its sums."""
+        scope = call.who.agent
+        state = self.states.get(scope) or self.state(scope)
+        if call.position <= state.marks.get(call.partition, -1):
             return None
-        state.marks[step.origin.partition] = position
-        self.causes[scope] = step.cause
-        outcome.touched.add(scope)
+        state.marks[call.partition] = call.position
+        this.last[scope] = call
         return state
 
-    def _judge_agent(self, agent: str, step: _Step, policies: Policies, outcome: Outcome) -> None:
-        if agent not in outcome.touched:
-            return
-        state = self.state(agent)
-        policy = policies.of(agent)
-        if policy.limits:
-            held = Held(*state.spend.held(step.now_us)) if state.spend.holds else Held()
-            _gather(
-                outcome.effects,
-                decide(
-                    agent,
-                    policy,
-                    state.spend,
-                    held,
-                    state.fuses,
-                    step.cause,
-                    now_us=step.now_us,
-                    price_book=step.charge.price_book,
-                ),
-            )
-        if step.charge.priced_by == "ceiling":
-            self._unknown_model(agent, state, step, policies, outcome)
+    @staticmethod
+    def _is_late(call: Call, this: _Round) -> bool:
+        """Say whether some window of the event time, of any of its scopes, had closed."""
+        when = (call.who, call.ts_us // QUARTER_US)
+        late = this.late.get(when)
+        if late is None:
+            plans = (this.policies.of(scope).plan for scope in (call.who.agent, *call.who.shared))
+            late = this.late[when] = any(misses(plan, call.ts_us, this.now_us) for plan in plans)
+        return late
 
-    def _unknown_model(self, agent: str, state: ScopeState, step: _Step, policies: Policies, outcome: Outcome) -> None:
-        usage = step.usage
-        scopes = (agent, *shared_scopes(usage))
+    def _judge_agent(self, state: ScopeState, step: Charged, this: _Round) -> None:
+        call, agent = step.call, step.call.who.agent
+        policy, spend, now_us = this.policies.of(agent), state.spend, step.at_us
+        held = Held(*spend.held(now_us)) if spend.holds else NOTHING_HELD
+        if not is_quiet(policy, spend, held, state.fuses, call.ts_us, now_us):
+            effects = decide(
+                agent, policy, spend, held, state.fuses, _cause(call), now_us=now_us, price_book=step.charge.price_book
+            )
+            _gather(this.outcome.effects, effects)
+        if step.charge.priced_by == "ceiling":
+            self._unknown_model(agent, state, step, this)
+
+    def _unknown_model(self, agent: str, state: ScopeState, step: Charged, this: _Round) -> None:
+        call, policies = step.call, this.policies
+        scopes = (agent, *call.who.shared)
         deny = {budget.id: budget for scope in scopes for budget in policies.of(scope).deny_unknown}
-        model = f"{usage.provider}/{usage.model}"
+        model = f"{call.used.provider}/{call.used.model}"
         if deny:
             _gather(
-                outcome.effects,
+                this.outcome.effects,
                 deny_unknown_model(
                     agent,
                     tuple(deny.values()),
                     state.fuses,
-                    step.cause,
+                    _cause(call),
                     model,
-                    now_us=step.now_us,
+                    now_us=step.at_us,
                     price_book=step.charge.price_book,
                 ),
             )
-        if any(policies.of(scope).warn_unknown for scope in scopes) and state.noted.get(model, 0) <= step.now_us:
+        if any(policies.of(scope).warn_unknown for scope in scopes) and state.noted.get(model, 0) <= step.at_us:
             if len(state.noted) >= NOTED_MAX:
                 state.noted.clear()
-            state.noted[model] = calendar_window("day", "UTC", step.now_us).end_us
-            outcome.effects.alerts.append(_unknown_alert(agent, model, step))
+            state.noted[model] = calendar_window("day", "UTC", step.at_us).end_us
+            this.outcome.effects.alerts.append(_unknown_alert(agent, model, step))
 
     def reconsider(self, scope: str, policies: Policies, book: PriceBook, now_us: int) -> Effects | None:
         """Judge one agent's scope again after budgets or prices changed."""
@@ -296,9 +364,8 @@ class PartitionMeter:
         )
 
 
-def _call(scope: str, agent: str, usage: Usage) -> str:
-    """Return the key of a call in a scope's holds: ids are an agent's own, so elsewhere its path belongs to them."""
-    return usage.id if scope == agent else f"{usage.agent_path}/{usage.id}"
+def _cause(call: Call) -> CausedBy:
+    return CausedBy(call.used.id, call.ts_us, call.partition, call.offset, call.produced_at_ms)
 
 
 def _gather(into: Effects, effects: Effects | None) -> None:
@@ -308,38 +375,14 @@ def _gather(into: Effects, effects: Effects | None) -> None:
         into.alerts += effects.alerts
 
 
-def _entry(kind: str, step: _Step) -> LedgerEntry:
-    charge, origin = step.charge, step.origin
-    # Trusted: every value was validated at the intake, or computed here from validated integers.
-    priced = trusted(WireCharge, {**charge._asdict(), "rates": list(charge.rates)})
-    return trusted(
-        LedgerEntry,
-        {
-            "kind": kind,
-            "topic": USAGE.name,
-            "partition": origin.partition,
-            "offset": origin.offset,
-            "index": origin.nth,
-            "at": from_us(step.now_us),
-            "late": step.late,
-            "usage": step.usage,
-            "charge": priced,
-            "command": None,
-            "ack": None,
-            "alert": None,
-            "data": None,
-        },
-    )
-
-
-def _unknown_alert(agent: str, model: str, step: _Step) -> Alert:
-    digest = usage_digest(step.usage, f"unknown-model {model}")
+def _unknown_alert(agent: str, model: str, step: Charged) -> Alert:
+    digest = call_digest(step.call.who.path, step.call.used.id, f"unknown-model {model}")
     return Alert(
         id=(digest + b"\0\0\0\0").hex(),
-        ts=from_us(step.now_us),
+        ts=from_us(step.at_us),
         kind="unknown_model",
         severity="warning",
         scope=agent,
-        usage_id=step.usage.id,
+        usage_id=step.call.used.id,
         message=f"{agent} used {model}, which has no price; it is charged at the dearest rate of its provider."[:512],
     )

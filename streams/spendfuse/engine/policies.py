@@ -28,16 +28,19 @@ class Limit:
     budget: Budget
     cap: Cap
     thresholds: tuple[Threshold, ...]
+    key: str
+    """`budget|cap`, under which a scope's state keeps this fuse."""
+    in_tokens: bool
+    """Whether the cap counts tokens rather than money."""
+    lines: tuple[int, ...]
+    """What each threshold amounts to, in 1/10,000 of the cap's unit."""
 
-    @property
-    def key(self) -> str:
-        """Return `budget|cap`, under which a scope's state keeps this fuse."""
-        return f"{self.budget.id}|{self.cap.id}"
-
-    @property
-    def in_tokens(self) -> bool:
-        """Say whether the cap counts tokens rather than money."""
-        return self.cap.unit == "tokens"
+    @classmethod
+    def of(cls, budget: Budget, cap: Cap) -> "Limit":
+        """Return a cap of a budget as it applies to a scope."""
+        thresholds = _thresholds(cap)
+        lines = tuple(threshold.fraction * cap.amount for threshold in thresholds)
+        return cls(budget, cap, thresholds, f"{budget.id}|{cap.id}", cap.unit == "tokens", lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class Policies:
                     rolling[cap.window.rolling_s] = None
                 elif cap.window.kind != "run":
                     calendar[(cap.window.kind, budget.timezone)] = None
-                limits.append(Limit(budget, cap, _thresholds(cap)))
+                limits.append(Limit.of(budget, cap))
         grace_s = max((budget.grace_s for budget in budgets), default=GRACE_S_DEFAULT)
         return ScopePolicy(
             Plan(tuple(calendar), tuple(rolling), scope_kind(scope) == "run", grace_s * 1_000_000),

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal, NamedTuple
 
+from spendfuse.engine.call import Used
 from spendfuse.wire.base import to_us
 from spendfuse.wire.prices import PriceBookFile, PriceOverride, PriceRow, Rates
 from spendfuse.wire.usage import Usage
@@ -134,9 +135,13 @@ class PriceBook:
 
     def charge(self, usage: Usage) -> Charge:
         """Return what a usage costs at its own event time; an unknown model costs its provider's ceiling."""
-        counters = usage.tokens
+        return self.price(usage, to_us(usage.ts))
+
+    def price(self, used: Used, ts_us: int) -> Charge:
+        """Return what was used at an instant costs, as `charge` does."""
+        counters = used.tokens
         inputs = counters.input + counters.cache_read + counters.cache_write_5m + counters.cache_write_1h
-        rates, priced_by, tier_known = self._rates(usage, inputs)
+        rates, priced_by, tier_known = self._rates(used, inputs, ts_us)
         femto = (
             counters.input * rates[0]
             + counters.cache_read * rates[1]
@@ -150,15 +155,12 @@ class PriceBook:
         """Say whether a model has a price of its own."""
         return bool(self._find(provider, model, STANDARD))
 
-    def _rates(self, usage: Usage, inputs: int) -> tuple[RateTuple, PricedBy, bool]:
-        found = self._find(usage.provider, usage.model, usage.tier)
-        if found:
-            ts_us = to_us(usage.ts)
-            for row, tier_known in found:
-                if row.from_us <= ts_us < row.to_us:
-                    return (row.above if inputs > row.above_tokens else row.rates), row.priced_by, tier_known
-        ceiling = self._ceilings.get(usage.provider) or self._ceilings[""]
-        return ceiling, "ceiling", usage.tier == STANDARD
+    def _rates(self, used: Used, inputs: int, ts_us: int) -> tuple[RateTuple, PricedBy, bool]:
+        for row, tier_known in self._find(used.provider, used.model, used.tier):
+            if row.from_us <= ts_us < row.to_us:
+                return (row.above if inputs > row.above_tokens else row.rates), row.priced_by, tier_known
+        ceiling = self._ceilings.get(used.provider) or self._ceilings[""]
+        return ceiling, "ceiling", used.tier == STANDARD
 
     def _find(self, provider: str, model: str, tier: str) -> tuple[_Found, ...]:
         key = (provider, model, tier)

@@ -44,6 +44,24 @@ def _window_of_quarter(kind: str, zone: str, quarter: int) -> Window:
     return Window(f"{kind}@{zone}@{start // SECOND_US}", start, end)
 
 
+def calendar_windows(calendar: tuple[tuple[str, str], ...], ts_us: int) -> "Windows":
+    """Return the windows of an instant, of each (kind, zone), and when the first of them ends."""
+    return _windows_of_quarter(calendar, ts_us // QUARTER_US)
+
+
+class Windows(NamedTuple):
+    """Some windows of one instant, and the end of the one that ends first (`FOREVER_US` of none)."""
+
+    windows: tuple[Window, ...]
+    first_end_us: int
+
+
+@lru_cache(maxsize=WINDOW_CACHE_MAX)
+def _windows_of_quarter(calendar: tuple[tuple[str, str], ...], quarter: int) -> Windows:
+    windows = tuple(_window_of_quarter(kind, zone, quarter) for kind, zone in calendar)
+    return Windows(windows, min((window.end_us for window in windows), default=FOREVER_US))
+
+
 def _bounds(kind: str, zone: ZoneInfo, ts_us: int) -> tuple[int, int]:
     if kind == "hour":
         return _hour_bounds(zone, ts_us)

@@ -11,9 +11,9 @@ from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
+from spendfuse.pipeline import quick
 from spendfuse.pipeline.records import SourceRecord
-from spendfuse.pipeline.routing import partition_of
-from spendfuse.wire.base import to_us
+from spendfuse.wire.base import encode, from_us, to_us
 from spendfuse.wire.packed import PACKED_MAX
 from spendfuse.wire.usage import PACK_MAX, Usage, decode_usages, strip_confluent_prefix
 
@@ -80,16 +80,21 @@ def rounds(records: Sequence[SourceRecord], partitions: int, limits: Limits, now
     packing: dict[int, _Packing] = {}
     current = Round()
     for record in records:
-        for nth, usage, dead in _usages(record, limits, now_us):
+        head = f'{{"p":{record.partition},"o":{record.offset},"i":'
+        middle = f',"t":{max(record.timestamp_ms, -1)},"u":'
+        for nth, path, text, dead in _usages(record, limits, now_us):
             full = False
-            if usage is not None:
-                pack = packing.setdefault(partition_of(usage.agent_path, partitions), _Packing())
-                pack.add(_packed(record, nth, usage))
-                current.usages += 1
-                full = pack.full
-            elif dead is not None:
+            if dead is not None:
                 current.dead.append(dead)
                 full = len(current.dead) >= DEAD_MAX
+            else:
+                home = quick.home(path, partitions)
+                pack = packing.get(home)
+                if pack is None:
+                    pack = packing[home] = _Packing()
+                pack.add(b"%b%d%b%b}" % (head.encode(), nth, middle.encode(), text))
+                current.usages += 1
+                full = pack.full
             if full:
                 current.packed = {number: each.value() for number, each in packing.items()}
                 yield current
@@ -99,59 +104,67 @@ def rounds(records: Sequence[SourceRecord], partitions: int, limits: Limits, now
         yield current
 
 
-def _packed(record: SourceRecord, nth: int, usage: Usage) -> bytes:
-    head = f'{{"p":{record.partition},"o":{record.offset},"i":{nth},"t":{max(record.timestamp_ms, -1)},"u":'
-    return head.encode() + usage.model_dump_json(exclude_none=True).encode() + b"}"
+class _Item(NamedTuple):
+    """One usage of a record: its place, its agent's path and its JSON; or a dead letter."""
+
+    nth: int
+    path: str
+    text: bytes
+    dead: DeadLetter | None = None
 
 
-def _usages(record: SourceRecord, limits: Limits, now_us: int) -> Iterator[tuple[int, Usage | None, DeadLetter | None]]:
+def _usages(record: SourceRecord, limits: Limits, now_us: int) -> Iterator[_Item]:
     if not record.value:
-        yield 0, None, DeadLetter(record, "the record has no value", None, 0)
+        yield _Item(0, "", b"", DeadLetter(record, "the record has no value", None, 0))
+        return
+    quickly = quick.usages(record.value)
+    if quickly is not None:
+        for nth, (each, who, ts_us, _) in enumerate(quickly):
+            fault = _fault_of_time(ts_us, limits, now_us)
+            yield _timely(record, nth, who.path, quick.encode(each), fault, single=len(quickly) == 1)
         return
     try:
         usages = decode_usages(record.value)
     except ValidationError as error:
         yield from _salvaged(record, error, limits, now_us)
         return
-    single = len(usages) == 1
     for nth, usage in enumerate(usages):
-        fault = _fault_of_time(usage, limits, now_us)
-        if fault is None:
-            yield nth, usage, None
-        else:
-            value = None if single else usage.model_dump_json(exclude_none=True).encode()
-            yield nth, None, DeadLetter(record, fault, value, nth)
+        fault = _fault_of_time(to_us(usage.ts), limits, now_us)
+        yield _timely(record, nth, usage.agent_path, encode(usage), fault, single=len(usages) == 1)
 
 
-def _fault_of_time(usage: Usage, limits: Limits, now_us: int) -> str | None:
-    age_us = now_us - to_us(usage.ts)
+def _timely(record: SourceRecord, nth: int, path: str, text: bytes, fault: str | None, *, single: bool) -> _Item:
+    if fault is None:
+        return _Item(nth, path, text)
+    return _Item(nth, path, text, DeadLetter(record, fault, None if single else text, nth))
+
+
+def _fault_of_time(ts_us: int, limits: Limits, now_us: int) -> str | None:
+    age_us = now_us - ts_us
     if age_us > limits.age_us_max:
-        return (
-            f"ts: {usage.ts.isoformat()} is {age_us // 1_000_000} s old; the most is {limits.age_us_max // 1_000_000} s"
-        )
+        said, most_s = from_us(ts_us).isoformat(), limits.age_us_max // 1_000_000
+        return f"ts: {said} is {age_us // 1_000_000} s old; the most is {most_s} s"
     if -age_us > limits.ahead_us_max:
-        ahead = f"{-age_us // 1_000_000} s ahead of the clock"
-        return f"ts: {usage.ts.isoformat()} is {ahead}; the most is {limits.ahead_us_max // 1_000_000} s"
+        said, most_s = from_us(ts_us).isoformat(), limits.ahead_us_max // 1_000_000
+        return f"ts: {said} is {-age_us // 1_000_000} s ahead of the clock; the most is {most_s} s"
     return None
 
 
-def _salvaged(
-    record: SourceRecord, error: ValidationError, limits: Limits, now_us: int
-) -> Iterator[tuple[int, Usage | None, DeadLetter | None]]:
+def _salvaged(record: SourceRecord, error: ValidationError, limits: Limits, now_us: int) -> Iterator[_Item]:
     """Yield the good usages of a pack that has bad ones, and each bad one by itself; else the whole record."""
     items = _pack_items(record.value or b"")
     if items is None:
-        yield 0, None, DeadLetter(record, reason(error), None, 0)
+        yield _Item(0, "", b"", DeadLetter(record, reason(error), None, 0))
         return
     for nth, item in enumerate(items):
         text = json.dumps(item).encode()
         try:
             usage = Usage.model_validate_json(text)
         except ValidationError as fault:
-            yield nth, None, DeadLetter(record, reason(fault), text, nth)
+            yield _Item(nth, "", text, DeadLetter(record, reason(fault), text, nth))
             continue
-        late = _fault_of_time(usage, limits, now_us)
-        yield (nth, usage, None) if late is None else (nth, None, DeadLetter(record, late, text, nth))
+        late = _fault_of_time(to_us(usage.ts), limits, now_us)
+        yield _timely(record, nth, usage.agent_path, encode(usage), late, single=False)
 
 
 def _pack_items(value: bytes) -> list[object] | None:

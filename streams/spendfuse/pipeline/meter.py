@@ -12,13 +12,16 @@ from typing import Final, NamedTuple
 from pydantic import ValidationError
 
 from spendfuse.client.clock import Clock
+from spendfuse.engine.call import Call
 from spendfuse.engine.ids import SLOTS, SeenIds
 from spendfuse.engine.meter import Outcome, PartitionMeter
 from spendfuse.engine.state import ScopeState
+from spendfuse.pipeline import quick
 from spendfuse.pipeline.board import Board
 from spendfuse.pipeline.codec import UnreadableStateError, decode_scope, encode_scope
 from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.intake import reason
+from spendfuse.pipeline.ledger_text import charged_texts, entry_texts
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord, Table
 from spendfuse.pipeline.refusal import Ends
@@ -116,23 +119,27 @@ class MeterStage:
             await self.flush()
 
     async def _take_in(self, record: SourceRecord) -> list[Delivery]:
-        try:
-            usages = Packed.model_validate_json(record.value or b"").usages
-        except ValidationError as error:
-            return [await self._publisher.dead_letter(record, reason(error))]
+        value = record.value or b""
+        calls = quick.calls(value)
+        if calls is None:
+            try:
+                calls = [Call.of(each) for each in Packed.model_validate_json(value).usages]
+            except ValidationError as error:
+                return [await self._publisher.dead_letter(record, reason(error))]
         pending = self._pending(record.partition)
         await self._vouch(record.partition, pending)
         now_us = self._clock()
-        outcome = pending.meter.apply(usages, self._feed.policies, self._feed.book, now_us)
+        outcome = pending.meter.apply(calls, self._feed.policies, self._feed.book, now_us)
         pending.dirty |= outcome.touched
         pending.unpublished |= outcome.touched
         pending.as_of = record.offset
-        self._count(outcome, len(usages))
+        self._count(outcome, len(calls))
         # Commands leave before anything else is done with this message.
         deliveries = await self._publisher.effects(outcome.effects)
-        entries = outcome.entries + _decisions(outcome.effects.shadow, record, now_us)
-        deliveries += await self._publisher.ledger(record.partition, f"{record.partition}/{record.offset}", entries)
-        for alert in self._violations.on_charges(outcome.entries, now_us):
+        entries = charged_texts(outcome.charged) + entry_texts(_decisions(outcome.effects.shadow, record, now_us))
+        title = f"{record.partition}/{record.offset}"
+        deliveries += await self._publisher.ledger(record.partition, title, entries, now_us)
+        for alert in self._violations.on_charges(outcome.charged, now_us):
             deliveries.append(await self._publisher.alert(alert))
         return deliveries
 

@@ -12,7 +12,7 @@ from spendfuse.pipeline.routing import partition_of
 from spendfuse.wire.base import from_us
 from spendfuse.wire.cloudevents import headers as cloud_headers
 from spendfuse.wire.control import Alert, Command
-from spendfuse.wire.ledger import LedgerEntry
+from spendfuse.wire.ledger import LEDGER_BATCH_MAX
 from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
 from spendfuse.wire.signing import SIGNATURE_HEADER
@@ -85,11 +85,11 @@ class Publisher:
         headers = cloud_headers("alert.v1", SOURCE, alert.id, alert.ts)
         return await self._outbox.put(ALERTS.name, key=alert.scope.encode(), value=value, partition=0, headers=headers)
 
-    async def ledger(self, partition: int, name: str, entries: Sequence[LedgerEntry]) -> list[Delivery]:
-        """Publish entries in order on one ledger partition, in as few messages as their size allows."""
+    async def ledger(self, partition: int, name: str, entries: Sequence[bytes], now_us: int) -> list[Delivery]:
+        """Publish entries (`ledger_text`) in order on one ledger partition, in as few messages as their size allows."""
         if not entries:
             return []
-        headers = cloud_headers("ledger.v1", SOURCE, name, entries[0].at)
+        headers = cloud_headers("ledger.v1", SOURCE, name, from_us(now_us))
         return [
             await self._outbox.put(
                 LEDGER.name, key=str(partition).encode(), value=value, partition=partition, headers=headers
@@ -134,13 +134,12 @@ def dead_letter_headers(record: SourceRecord, reason: str, nth: int) -> Headers:
     ]
 
 
-def _ledger_values(entries: Sequence[LedgerEntry]) -> list[bytes]:
+def _ledger_values(entries: Sequence[bytes]) -> list[bytes]:
     values: list[bytes] = []
     batch: list[bytes] = []
     size = 0
-    for entry in entries:
-        text = entry.model_dump_json(exclude_none=True).encode()
-        if batch and size + len(text) > LEDGER_BYTES_MAX:
+    for text in entries:
+        if batch and (size + len(text) > LEDGER_BYTES_MAX or len(batch) >= LEDGER_BATCH_MAX):
             values.append(_LEDGER_HEAD + b",".join(batch) + _LEDGER_TAIL)
             batch, size = [], 0
         batch.append(text)

@@ -21,11 +21,12 @@ from spendfuse.client.accept import Refused, scope_of
 from spendfuse.client.follow import Record
 from spendfuse.pipeline.feed import decode_budget, decode_price
 from spendfuse.pipeline.intake import reason
+from spendfuse.pipeline.ledger_text import entry_texts
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord
 from spendfuse.pipeline.register import Kept, Register
 from spendfuse.pipeline.routing import partition_of
-from spendfuse.wire.base import SCOPE_PATTERN, from_us
+from spendfuse.wire.base import SCOPE_PATTERN, from_us, to_us
 from spendfuse.wire.control import Ack, Alert
 from spendfuse.wire.ledger import LedgerEntry
 from spendfuse.wire.topics import ACKS, ALERTS, BUDGETS, COMMANDS, DEAD_LETTERS, PRICES
@@ -65,7 +66,9 @@ async def record(
     if entries:
         first = records[0]
         name = f"{first.topic}/{first.partition}/{first.offset}"
-        deliveries += await publisher.ledger(partition_of(first.topic, partitions), name, entries)
+        deliveries += await publisher.ledger(
+            partition_of(first.topic, partitions), name, entry_texts(entries), to_us(entries[0].at)
+        )
     if records[0].topic == COMMANDS.name:
         deliveries += [await publisher.alert(alert) for alert in forgery_alerts(records, refused, register, now_us)]
         # What a retiring key signed (it may be retired by now) is written under our own.

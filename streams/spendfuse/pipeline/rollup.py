@@ -18,6 +18,7 @@ from spendfuse.pipeline.board import Board, Name
 from spendfuse.pipeline.codec import decode_shared, encode_shared
 from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.intake import reason
+from spendfuse.pipeline.ledger_text import entry_texts
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord, Table
 from spendfuse.pipeline.refusal import Ends
@@ -117,7 +118,7 @@ class RollupStage:
             for nth, command in enumerate(effects.shadow)
         ]
         title = f"rollup/{record.partition}/{record.offset}"
-        return deliveries + await self._publisher.ledger(record.partition, title, entries)
+        return deliveries + await self._publisher.ledger(record.partition, title, entry_texts(entries), now_us)
 
     def _watch(self, name: Name, state: SharedState, now_us: int) -> None:
         """Have a scope looked at again when calls in flight of a partition run out."""

@@ -5,17 +5,15 @@ end, and the halt must travel. One alert for each halted scope and agent at the 
 the sum has doubled. What is remembered lives in memory: a restarted worker counts from there, under the same ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, NamedTuple
 
+from spendfuse.engine.meter import Charged
 from spendfuse.engine.sentences import money
 from spendfuse.wire.base import NANOS_MAX, from_us, rfc3339, to_us
 from spendfuse.wire.control import Alert, Command, Measure
-from spendfuse.wire.ledger import LedgerEntry
-from spendfuse.wire.scopes import agent_scope, shared_scopes
-from spendfuse.wire.usage import Usage
 
 HALTS_MAX: Final = 10_000
 """Most halts remembered; beyond it those that have ended go first, then the one that was issued first."""
@@ -122,34 +120,33 @@ class Violations:
         self._violators_max = violators_max
         self._running: dict[_Violation, _Running] = {}
 
-    def on_charges(self, entries: Sequence[LedgerEntry], now_us: int) -> list[Alert]:
-        """Return the alerts that follow from ledger entries; what is no charge, or comes again, changes nothing."""
+    def on_charges(self, charged: Iterable[Charged], now_us: int) -> list[Alert]:
+        """Return the alerts that follow from charges; what is a duplicate, or comes again, changes nothing."""
         if not self._halts:
             return []
-        return [alert for entry in entries if (alert := self._on_charge(entry, now_us)) is not None]
+        return [alert for each in charged if (alert := self._on_charge(each, now_us)) is not None]
 
-    def _on_charge(self, entry: LedgerEntry, now_us: int) -> Alert | None:
-        usage, charge = entry.usage, entry.charge
-        if entry.kind != "charge" or usage is None or charge is None:
+    def _on_charge(self, charged: Charged, now_us: int) -> Alert | None:
+        call = charged.call
+        if charged.kind != "charge":
             return None
-        agent = agent_scope(usage.workspace, usage.team, usage.agent)
-        halt = self._halts.over((agent, *shared_scopes(usage)), to_us(usage.ts), self._grace_us)
+        agent = call.who.agent
+        halt = self._halts.over((agent, *call.who.shared), call.ts_us, self._grace_us)
         if halt is None:
             return None
         violation = _Violation(halt.command.scope, agent, halt.from_us)
         running = self._of(violation)
-        position = (entry.offset << 16) | entry.index
-        if position <= running.marks.get(entry.partition, -1):
+        if call.position <= running.marks.get(call.partition, -1):
             return None
-        running.marks[entry.partition] = position
-        running.nanos = min(running.nanos + charge.cost_nanos, NANOS_MAX)
-        running.tokens += usage.tokens.total
+        running.marks[call.partition] = call.position
+        running.nanos = min(running.nanos + charged.charge.cost_nanos, NANOS_MAX)
+        running.tokens += call.tokens
         running.calls += 1
         if running.alerts and running.nanos < running.nanos_due and running.tokens < running.tokens_due:
             return None
         running.alerts += 1
         running.nanos_due, running.tokens_due = max(2 * running.nanos, 1), max(2 * running.tokens, 1)
-        return self._alert(violation, running, halt.command, usage, charge.currency, now_us)
+        return self._alert(violation, running, halt.command, call.used.id, charged.charge.currency, now_us)
 
     def _of(self, violation: _Violation) -> _Running:
         running = self._running.get(violation)
@@ -160,7 +157,7 @@ class Violations:
         return running
 
     def _alert(
-        self, violation: _Violation, running: _Running, halt: Command, usage: Usage, currency: str, now_us: int
+        self, violation: _Violation, running: _Running, halt: Command, usage_id: str, currency: str, now_us: int
     ) -> Alert:
         spent = f"{money(running.nanos, currency)} and {running.tokens:,} tokens in {running.calls:,} calls"
         whom = "it" if violation.scope == violation.agent else violation.scope
@@ -180,6 +177,6 @@ class Violations:
             cap=halt.cap,
             # After a halt nothing may be spent: the cap is 0, and the whole sum is over it.
             measure=Measure(unit=f"nano-{currency}", cap=0, spend=running.nanos, committed=running.nanos, fraction=0),
-            usage_id=usage.id,
+            usage_id=usage_id,
             message=message[:MESSAGE_CHARS_MAX],
         )

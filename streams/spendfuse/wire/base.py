@@ -2,7 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Final
 
 from pydantic import (
     AfterValidator,
@@ -111,25 +111,6 @@ class WireModel(BaseModel):
     """A message, or a part of one: frozen, no unknown fields, no silent coercion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-_Message = TypeVar("_Message", bound=WireModel)
-_FIELDS_SET: Final[set[str]] = set()
-
-
-def trusted(kind: type[_Message], values: dict[str, Any]) -> _Message:
-    """Return a message of values that were validated where they came from, without the price of doing it again.
-
-    `values` holds every field, defaults too, and belongs to the message from then on. A third of what validation
-    costs; pydantic's own `model_construct` costs more than validation.
-    """
-    message = kind.__new__(kind)
-    set_attribute = object.__setattr__
-    set_attribute(message, "__dict__", values)
-    set_attribute(message, "__pydantic_fields_set__", _FIELDS_SET)
-    set_attribute(message, "__pydantic_extra__", None)
-    set_attribute(message, "__pydantic_private__", None)
-    return message
 
 
 def encode(message: WireModel) -> bytes:

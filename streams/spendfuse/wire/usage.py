@@ -15,8 +15,10 @@ CONFLUENT_PREFIX_BYTES: Final = 5
 """Magic byte 0x00 and a 4-byte schema id (Confluent wire format)."""
 
 Kind = Literal["finished", "started", "progress"]
-Provider = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-Tier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")]
+PROVIDER_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+TIER_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,31}$"
+Provider = Annotated[str, Field(pattern=PROVIDER_PATTERN)]
+Tier = Annotated[str, Field(pattern=TIER_PATTERN)]
 Tags = Annotated[dict[Name, TagValue], Field(max_length=TAGS_MAX)]
 
 
