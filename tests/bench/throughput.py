@@ -1,21 +1,38 @@
-"""What one worker takes: usages waiting in `usage.v1`, single and packed, until every charge is on the ledger.
+"""What a core takes: the worker beside a bare consumer and two peers' bare windowed sums, over the same messages.
 
-    python tests/bench/throughput.py [--broker embedded|kafka] [--usages 50000] [--agents 100]
+    python tests/bench/throughput.py [--usages 100000] [--agents 100,100000] [--rounds 3] [--only spendfuse,aiokafka]
 
-Prints usages a second by the clock and by the worker's CPU time. Intake, meter, rollup and recorder are all on, with a
-budget for every agent, team and workspace; the ledger must hold exactly every usage, or the run fails.
+On one real Apache Kafka, in turn: `aiokafka` reads and adds up in a dict (the ceiling of a Python consumer);
+`quixstreams` and `bytewax` keep a windowed sum, and check, price and judge nothing; `spendfuse` is a whole worker
+(validate, remember ids, price, windows of four scopes, caps, ledger and state durable), with a budget for every agent,
+team and workspace. Each reads a topic of its own that holds the same bytes: it is stopped (SIGSTOP) while they are
+written, and measured from its continuation until all are counted, or are on the ledger. The sums must be exact.
+
+Printed are usages a second by the process's CPU time (all threads) and by the clock, the median of the rounds, and the
+ratio to quixstreams within each round. Packed messages hold 100 usages of one agent, as a Meter sends them.
 """
 
 import argparse
 import asyncio
+import contextlib
+import hashlib
 import json
+import signal
+import statistics
+import subprocess
+import sys
 import time
+import venv
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from platform_under_test import PARTITIONS, Platform, platform, publish_budgets
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from platform_under_test import PARTITIONS, ROOT, Platform, platform, publish_budgets
 
-from spendfuse.client.connection import consumer_options, producer_options
+from spendfuse.client.connection import admin_options, consumer_options, producer_options
 from spendfuse.wire.base import encode, from_us
 from spendfuse.wire.budget import Budget, Cap, WindowSpec
 from spendfuse.wire.topics import LEDGER, USAGE
@@ -25,15 +42,27 @@ PACK = 100
 DEADLINE_S = 300.0
 COST_NANOS = 36_450_000
 TOKENS = Tokens(input=1_200, cache_read=17_000, cache_write_5m=1_000, cache_write_1h=2_000, output=800)
+PEERS = Path(__file__).with_name("peers")
+PEERS_VENV = ROOT / ".cache" / "bench-peers"
+NAMES = ("aiokafka", "quixstreams", "bytewax", "spendfuse")
+SESSION_TIMEOUT_MS = "60000"
+"""Longer than a process is stopped for while its messages are written."""
 
 
-def usages(count: int, agents: int) -> list[Usage]:
-    """Return usages of many agents, now."""
+class Rate(NamedTuple):
+    """Usages a second, by the process's CPU time and by the clock."""
+
+    cpu: float
+    wall: float
+
+
+def usages(count: int, agents: int, run: str = "bench") -> list[Usage]:
+    """Return usages of many agents, now; those of an agent lie together, 100 at a time."""
     ts = from_us(time.time_ns() // 1_000)
     return [
         Usage(
-            id=f"bench-{number}", ts=ts, workspace="acme", team="research", agent=f"agent-{number % agents}",
-            run=f"run-{number % agents}", root_run="root", provider="anthropic", model="claude-sonnet-4-6",
+            id=f"{run}-{number}", ts=ts, workspace="acme", team="research", agent=f"agent-{number // PACK % agents}",
+            run=f"run-{number // PACK % agents}", root_run="root", provider="anthropic", model="claude-sonnet-4-6",
             tokens=TOKENS,
         )
         for number in range(count)
@@ -48,70 +77,191 @@ def budgets() -> list[Budget]:
     return [Budget(id=name, version=1, scope=scope, caps=[cap, tokens]) for name, scope in scopes.items()]
 
 
-async def produce(run: Platform, messages: list[tuple[bytes, bytes]]) -> None:
+def messages(made: list[Usage], *, packed: bool) -> list[tuple[bytes, bytes]]:
+    """Return (key, value) of each message; single usages of the agents are interleaved."""
+    if packed:
+        packs = [made[start : start + PACK] for start in range(0, len(made), PACK)]
+        return [(pack[0].agent_path.encode(), encode(UsagePack(usages=pack))) for pack in packs]
+    return [(usage.agent_path.encode(), encode(usage)) for start in range(PACK) for usage in made[start::PACK]]
+
+
+async def produce(run: Platform, topic: str, made: list[tuple[bytes, bytes]]) -> None:
     """Write messages as fast as the broker takes them."""
     async with AIOKafkaProducer(**producer_options(run.broker, "bench")) as producer:
-        for start in range(0, len(messages), 1_000):
-            sent = [await producer.send(USAGE.name, value, key=key) for key, value in messages[start : start + 1_000]]
+        for start in range(0, len(made), 1_000):
+            sent = [await producer.send(topic, value, key=key) for key, value in made[start : start + 1_000]]
             await asyncio.gather(*sent)
 
 
-async def ledger_charges(run: Platform, wanted: int) -> tuple[int, int]:
-    """Return (charges, nano-dollars) of the ledger once it holds as many as wanted, or at the deadline."""
-    consumer = AIOKafkaConsumer(**consumer_options(run.broker, "bench"))
-    await consumer.start()
-    consumer.assign([TopicPartition(LEDGER.name, number) for number in range(PARTITIONS)])
-    charges = nanos = 0
-    deadline = time.monotonic() + DEADLINE_S
+async def make_topic(run: Platform, name: str) -> None:
+    """Make a topic like `usage.v1`."""
+    admin = AIOKafkaAdminClient(**admin_options(run.broker, "bench"))
+    await admin.start()
     try:
-        while charges < wanted and time.monotonic() < deadline:
-            for records in (await consumer.getmany(timeout_ms=200)).values():
-                for record in records:
-                    for entry in json.loads(record.value)["entries"]:
-                        if entry["kind"] == "charge":
-                            charges += 1
-                            nanos += entry["charge"]["cost_nanos"]
+        await admin.create_topics([NewTopic(name, PARTITIONS, 1)])
     finally:
-        await consumer.stop()
-    return charges, nanos
+        await admin.close()
 
 
-def measure(kind: str, count: int, agents: int, *, packed: bool) -> tuple[float, float]:
-    """Return usages a second by the clock and by the worker's CPU time."""
-    made = usages(count, agents)
-    if packed:
-        packs = [made[start : start + PACK] for start in range(0, count, PACK)]
-        messages = [(b"pack", encode(UsagePack(usages=pack))) for pack in packs]
-    else:
-        messages = [(usage.agent_path.encode(), encode(usage)) for usage in made]
-    with platform(kind) as run:
-        asyncio.run(publish_budgets(run.broker, budgets()))
-        with run.worker() as worker:
-            process = psutil.Process(worker.pid)
-            asyncio.run(produce(run, messages[:1]))  # the first message finds connections open and code warm
-            asyncio.run(ledger_charges(run, len(made) // len(messages)))
-            cpu_before, began = sum(process.cpu_times()[:2]), time.monotonic()
-            asyncio.run(produce(run, messages[1:]))
-            produced = time.monotonic()
-            charges, nanos = asyncio.run(ledger_charges(run, count))
-            ended, cpu = time.monotonic(), sum(process.cpu_times()[:2]) - cpu_before
+class Ledger:
+    """What the ledger has come to hold since `mark`."""
+
+    def __init__(self, run: Platform) -> None:
+        """Take the platform."""
+        self._options = consumer_options(run.broker, "bench")
+        self._places = [TopicPartition(LEDGER.name, number) for number in range(PARTITIONS)]
+        self._from: dict[TopicPartition, int] = {}
+
+    @contextlib.asynccontextmanager
+    async def _consumer(self) -> "AsyncIterator[AIOKafkaConsumer]":
+        consumer = AIOKafkaConsumer(**self._options)
+        await consumer.start()
+        try:
+            consumer.assign(self._places)
+            yield consumer
+        finally:
+            await consumer.stop()
+
+    async def mark(self) -> None:
+        """Count from here."""
+        async with self._consumer() as consumer:
+            self._from = await consumer.end_offsets(self._places)
+
+    async def until(self, wanted: int) -> tuple[int, int]:
+        """Return (charges, nano-dollars) once there are as many charges as wanted, or at the deadline.
+
+        While it waits it only counts, to leave the processor to what is measured; the sum is made afterwards.
+        """
+        values: list[bytes] = []
+        charges = 0
+        deadline = time.monotonic() + DEADLINE_S
+        async with self._consumer() as consumer:
+            for place in self._places:
+                consumer.seek(place, self._from[place])
+            while charges < wanted and time.monotonic() < deadline:
+                for records in (await consumer.getmany(timeout_ms=200)).values():
+                    values += [record.value for record in records]
+                    charges += sum(record.value.count(b'"kind":"charge"') for record in records)
+        self.ended_at = time.monotonic()
+        entries = [entry for value in values for entry in json.loads(value)["entries"] if entry["kind"] == "charge"]
+        return len(entries), sum(entry["charge"]["cost_nanos"] for entry in entries)
+
+
+def drained(process: psutil.Process, write: Callable[[], None], wait: Callable[[], float], count: int) -> Rate:
+    """Write the messages while a process is stopped, and return at what rate it takes them."""
+    process.suspend()
+    write()
+    cpu_before, began = sum(process.cpu_times()[:2]), time.monotonic()
+    process.resume()
+    ended = wait()
+    return Rate(count / (sum(process.cpu_times()[:2]) - cpu_before), count / (ended - began))
+
+
+def measure_spendfuse(run: Platform, made: list[Usage], *, packed: bool) -> Rate:
+    """Return the rate of a worker; the ledger must hold every charge, to the nano-dollar."""
+    ledger, count = Ledger(run), len(made) - 1
+
+    def wait() -> float:
+        charges, nanos = asyncio.run(ledger.until(count))
         if charges != count or nanos != count * COST_NANOS:
             raise SystemExit(f"the ledger holds {charges} of {count} charges, {nanos} of {count * COST_NANOS} nano-USD")
-    print(f"    produced in {produced - began:.1f} s, all charged after {ended - began:.1f} s, worker CPU {cpu:.1f} s")
-    return count / (ended - began), count / cpu
+        return ledger.ended_at
+
+    with run.worker(SPENDFUSE_SESSION_TIMEOUT_MS=SESSION_TIMEOUT_MS) as worker:
+        asyncio.run(ledger.mark())
+        asyncio.run(produce(run, USAGE.name, messages(made[:1], packed=False)))  # connections open, code warm
+        asyncio.run(ledger.until(1))
+        asyncio.run(ledger.mark())
+        made_messages = messages(made[1:], packed=packed)
+        return drained(
+            psutil.Process(worker.pid), lambda: asyncio.run(produce(run, USAGE.name, made_messages)), wait, count
+        )
+
+
+def measure_peer(run: Platform, name: str, made: list[Usage], *, packed: bool, topic: str) -> Rate:
+    """Return the rate of a peer; its sum must be exact."""
+    asyncio.run(make_topic(run, topic))
+    asyncio.run(produce(run, topic, messages(made[:1], packed=False)))
+    count = len(made) - 1
+    python = Path(sys.executable) if name == "aiokafka" else peers_python()
+    argv = [python, PEERS / "bare_sums.py", name, run.broker.bootstrap_servers, topic, topic, str(count)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as peer:
+        lines = iter(peer.stdout or ())
+        try:
+            if next(lines, "").strip() != "ready":
+                raise SystemExit(f"{name} ended before it read anything")
+            made_messages = messages(made[1:], packed=packed)
+
+            def wait() -> float:
+                said = next(lines, "").split()
+                if said != ["done", str(len(made) * TOKENS.output)]:
+                    raise SystemExit(f"{name} said {said}, not the sum {len(made) * TOKENS.output}")
+                return time.monotonic()
+
+            return drained(
+                psutil.Process(peer.pid), lambda: asyncio.run(produce(run, topic, made_messages)), wait, count
+            )
+        finally:
+            peer.send_signal(signal.SIGCONT)
+            peer.kill()
+
+
+def peers_python() -> Path:
+    """Return the Python of the peers' environment, made from their lock file when it is not there yet."""
+    lock = PEERS / "requirements.lock"
+    home = PEERS_VENV / hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
+    python = home / "bin" / "python"
+    if not (home / "complete").exists():
+        print("making the peers' environment ...", flush=True)
+        venv.create(home, with_pip=True, clear=True)
+        argv = [python, "-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "-r", lock]
+        subprocess.run(argv, check=True)
+        (home / "complete").touch()
+    return python
+
+
+def interleaved(run: Platform, names: Sequence[str], count: int, agents: int, rounds: int) -> None:
+    """Measure every contestant in turn, rounds times, single and packed, and print the table."""
+    for packed in (False, True):
+        rates: dict[str, list[Rate]] = {name: [] for name in names}
+        for nth in range(rounds):
+            for name in [*names[nth % len(names) :], *names[: nth % len(names)]]:
+                title = f"bench-{agents}-{packed:d}-{nth}-{name}"
+                made = usages(count + 1, agents, title)
+                if name == "spendfuse":
+                    rate = measure_spendfuse(run, made, packed=packed)
+                else:
+                    rate = measure_peer(run, name, made, packed=packed, topic=title)
+                rates[name].append(rate)
+                if sys.stderr.isatty():
+                    print(f"  {title}: {rate.cpu:,.0f} per CPU-second", file=sys.stderr)
+        form = f"packed by {PACK}" if packed else "single"
+        print(f"\n{count:,} usages of {agents:,} agents, {form}, {rounds} round(s), real Kafka", flush=True)
+        print(f"{'':12} {'per CPU-second':>15} {'by the clock':>13} {'to quixstreams':>15}")
+        for name in names:
+            cpu, wall = (statistics.median(column) for column in zip(*rates[name], strict=True))
+            ratio = "-"
+            if "quixstreams" in names:
+                pairs = zip(rates[name], rates["quixstreams"], strict=True)
+                ratio = f"{statistics.median(ours.cpu / theirs.cpu for ours, theirs in pairs):.2f}"
+            print(f"{name:12} {cpu:>15,.0f} {wall:>13,.0f} {ratio:>15}", flush=True)
 
 
 def main() -> None:
-    """Measure single and packed."""
+    """Measure single and packed, with few agents and with many."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--broker", choices=["embedded", "kafka"], default="kafka")
-    parser.add_argument("--usages", type=int, default=50_000)
-    parser.add_argument("--agents", type=int, default=100)
+    parser.add_argument("--usages", type=int, default=100_000)
+    parser.add_argument("--agents", default="100,100000")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default=",".join(NAMES), help=f"some of {', '.join(NAMES)}")
     given = parser.parse_args()
-    for packed in (False, True):
-        wall, cpu = measure(given.broker, given.usages, given.agents, packed=packed)
-        form = f"packed by {PACK}" if packed else "single"
-        print(f"{given.broker}, {given.agents} agents, {form}: {wall:,.0f} usages/s, {cpu:,.0f} per worker CPU-second")
+    names = given.only.split(",")
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(NAMES)}")
+    with platform("kafka") as run:
+        asyncio.run(publish_budgets(run.broker, budgets()))
+        for agents in given.agents.split(","):
+            interleaved(run, names, given.usages, int(agents), given.rounds)
 
 
 if __name__ == "__main__":

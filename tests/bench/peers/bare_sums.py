@@ -1,4 +1,4 @@
-"""A peer's bare windowed sum over a topic: `python bare_sums.py quixstreams|bytewax SERVERS TOPIC GROUP COUNT`.
+"""A peer's bare windowed sum over a topic: `bare_sums.py aiokafka|quixstreams|bytewax SERVERS TOPIC GROUP COUNT`.
 
 It runs in an environment of its own (tests/bench/peers/requirements.lock), never in the project's. It reads JSON, and
 adds the output tokens of each agent in an hour's tumbling window; no check of what it reads, no price, no cap, no
@@ -41,6 +41,27 @@ class Progress:
 def usages(message: dict) -> list[dict]:
     """Return the usages of a message, single or packed."""
     return message.get("usages") or [message]
+
+
+def aiokafka(servers: str, topic: str, group: str, progress: Progress) -> None:
+    """Read with aiokafka and add up in a dict: what a Python consumer costs at the least; nothing is kept."""
+    import asyncio
+
+    from aiokafka import AIOKafkaConsumer
+
+    async def read() -> None:
+        sums: dict = {}
+        consumer = AIOKafkaConsumer(topic, bootstrap_servers=servers, group_id=group, auto_offset_reset="earliest")
+        await consumer.start()
+        while True:
+            for records in (await consumer.getmany(timeout_ms=200)).values():
+                for record in records:
+                    for usage in usages(json.loads(record.value)):
+                        window = usage["agent"], usage["ts"][:13]
+                        sums[window] = sums.get(window, 0) + usage["tokens"]["output"]
+                        progress.add(usage["tokens"]["output"])
+
+    asyncio.run(read())
 
 
 def quixstreams(servers: str, topic: str, group: str, progress: Progress) -> None:
@@ -112,7 +133,9 @@ def bytewax(servers: str, topic: str, _group: str, progress: Progress) -> None:
 def main() -> None:
     """Run one peer until it is ended."""
     name, servers, topic, group, count = sys.argv[1:]
-    {"quixstreams": quixstreams, "bytewax": bytewax}[name](servers, topic, group, Progress(int(count)))
+    {"aiokafka": aiokafka, "quixstreams": quixstreams, "bytewax": bytewax}[name](
+        servers, topic, group, Progress(int(count))
+    )
 
 
 if __name__ == "__main__":
