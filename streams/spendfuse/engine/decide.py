@@ -127,37 +127,43 @@ def decide(
     return effects
 
 
-def is_quiet(policy: ScopePolicy, spend: Spend, held: Held, fuses: dict[str, Fuse], ts_us: int, now_us: int) -> bool:
-    """Say at little cost whether `decide` would return None for one usage at `ts_us`; False when it must be asked.
+def stays_quiet(
+    policy: ScopePolicy, spend: Spend, fuses: dict[str, Fuse], charges: Sequence[tuple[int, int, int]], now_us: int
+) -> bool:
+    """Say at little cost whether charges, added one by one, surely make `decide` return None each time.
 
-    Nearly every usage reaches no line of any cap that has not fired, and asks for nothing else.
+    Charges are (event time in microseconds, nanos, tokens), and nothing is held. Nearly all reach no line of any cap
+    that has not fired in their window. False when `decide` has to be asked: it may still return None.
     """
-    return not policy.limits or (
-        held is NOTHING_HELD
-        and all(_reaches_nothing(limit, spend, fuses.get(limit.key), ts_us, now_us) for limit in policy.limits)
-    )
+    if not policy.limits:
+        return True
+    more = (sum(charge[1] for charge in charges), sum(charge[2] for charge in charges))
+    instants = (min(charges)[0], max(charges)[0])
+    return all(_reaches_nothing(limit, spend, fuses.get(limit.key), more, instants, now_us) for limit in policy.limits)
 
 
-def _reaches_nothing(limit: Limit, spend: Spend, fuse: Fuse | None, ts_us: int, now_us: int) -> bool:
-    """Say whether spend alone has reached no line of a cap, or none beyond the one that fired in the window."""
-    if not limit.lines:
-        return fuse is None
+def _reaches_nothing(
+    limit: Limit, spend: Spend, fuse: Fuse | None, more: tuple[int, int], instants: tuple[int, int], now_us: int
+) -> bool:
+    """Say whether a cap's window with all that is added to it stays below every line that has not fired in it."""
+    if fuse is not None and any(fired.held for fired in fuse.fired.values()):
+        return False
     kind, rolling_s = limit.cap.window.kind, limit.cap.window.rolling_s
-    fired: Fired | None = None
+    reached = -1
     if rolling_s is not None:
-        if fuse is not None:
-            return False  # what has fired may have to be prolonged
-        totals = spend.in_rolling(rolling_s, now_us)
+        totals = spend.in_rolling(rolling_s, now_us)  # a line that has fired may have to be prolonged
     else:
-        key = RUN_KEY if kind == "run" else calendar_window(kind, limit.budget.timezone, ts_us).key
+        key = RUN_KEY
+        if kind != "run":
+            window = calendar_window(kind, limit.budget.timezone, instants[0])
+            if instants[1] >= window.end_us:
+                return False  # more windows than one
+            key = window.key
         totals = spend.in_window(key)
-        fired = None if fuse is None else fuse.fired.get(key)
-        if fuse is not None and (fired is None or any(each.held for each in fuse.fired.values())):
-            return False
-    scaled = (totals[TOKENS] if limit.in_tokens else totals[NANOS]) * BASIS_POINTS
-    if fired is None:
-        return scaled < limit.lines[0]
-    reached = fired.fraction * limit.cap.amount
+        if fuse is not None and key in fuse.fired:
+            reached = fuse.fired[key].fraction * limit.cap.amount
+    index = TOKENS if limit.in_tokens else NANOS
+    scaled = (totals[index] + more[index]) * BASIS_POINTS
     return all(line <= reached or scaled < line for line in limit.lines)
 
 

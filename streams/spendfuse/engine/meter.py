@@ -4,7 +4,7 @@ Every key has its own watermark: a usage at or below it changes nothing there, s
 the keys had become durable (design.md section 6).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
@@ -17,8 +17,8 @@ from spendfuse.engine.decide import (
     Held,
     decide,
     deny_unknown_model,
-    is_quiet,
     reconsider,
+    stays_quiet,
 )
 from spendfuse.engine.due import Due
 from spendfuse.engine.ids import SeenIds, call_digest
@@ -96,7 +96,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Round:
-    """One packed message: what is in force, what has come of it so far, and what its shared scopes still take in.
+    """One packed message: what is in force, what has come of it so far, and what its scopes still take in.
 
     `last` is the last call of each scope that changed.
     """
@@ -106,8 +106,10 @@ class _Round:
     now_us: int
     outcome: Outcome = field(default_factory=Outcome)
     last: dict[str, Call] = field(default_factory=dict)
+    agents: dict[str, list[Charged]] = field(default_factory=dict)
     shared: dict[str, list[Charged]] = field(default_factory=dict)
     late: dict[tuple[Who, int], bool] = field(default_factory=dict)
+    decided: list[tuple[Call, Effects]] = field(default_factory=list)
 
 
 class PartitionMeter:
@@ -129,11 +131,11 @@ class PartitionMeter:
             state = self.states[scope] = self._load(scope) or ScopeState()
         return state
 
-    def apply(self, calls: Iterable[Call], policies: Policies, book: PriceBook, now_us: int) -> Outcome:
+    def apply(self, calls: Sequence[Call], policies: Policies, book: PriceBook, now_us: int) -> Outcome:
         """Fold one packed message into the state and return what follows from it.
 
-        An agent's caps are judged at every call; a scope that agents share is brought up to date once, with all the
-        calls of the message in their order, since its caps are judged on the sum of all partitions.
+        Each scope takes in its calls of the message together, in their order. Of an agent that is the same as one by
+        one, with a judgement at every call, as long as all of them reach no line of a cap; else they go one by one.
         """
         this = _Round(policies, book, now_us)
         for call in calls:
@@ -141,16 +143,23 @@ class PartitionMeter:
                 self._finished(call, this)
             else:
                 self._in_flight(call, this)
+        for scope, steps in this.agents.items():
+            self._fold_agent(scope, steps, this)
         for scope, steps in this.shared.items():
             self._fold_shared(scope, steps, this)
+        if this.decided:  # told in the order of the calls, however the message was split
+            order = {(call.partition, call.position): nth for nth, call in enumerate(calls)}
+            this.decided.sort(key=lambda each: order[each[0].partition, each[0].position])
+            for _, effects in this.decided:
+                _gather(this.outcome.effects, effects)
         for scope, call in this.last.items():
             self.causes[scope] = _cause(call)
         this.outcome.touched |= this.last.keys()
         return this.outcome
 
     def _finished(self, call: Call, this: _Round) -> None:
-        used, who, outcome = call.used, call.who, this.outcome
-        digest = call_digest(who.path, used.id, "finished")
+        used, outcome = call.used, this.outcome
+        digest = call_digest(call.who.path, used.id, "finished")
         verdict = self.seen.judge(digest, call)
         charge = this.book.price(used, call.ts_us)
         if verdict == "duplicate":
@@ -163,59 +172,56 @@ class PartitionMeter:
             outcome.replays += 1
         step = Charged("charge", call, charge, self._is_late(call, this), this.now_us)
         outcome.charged.append(step)
-        state = self._advance(call, this)
-        if state is not None:
-            state.spend.settle(used.id)
-            plan = this.policies.of(who.agent).plan
-            state.spend.add(plan, call.ts_us, this.now_us, charge.cost_nanos, call.tokens)
-            self._judge_agent(state, step, this)
-        self._later_shared(step, this)
+        _hand_out(step, this)
 
     def _in_flight(self, call: Call, this: _Round) -> None:
-        used, who = call.used, call.who
-        finished = self.seen.origins.get(call_digest(who.path, used.id, "finished"))
+        used = call.used
+        finished = self.seen.origins.get(call_digest(call.who.path, used.id, "finished"))
         # A straggler, whose call has been charged, is ignored. On a replay the ids may know what the sums do not yet:
         # there the charge lies behind, and the hold is taken as it was the first time.
         if finished is not None and (finished[0] != call.partition or finished[1] <= call.position):
             return
-        step = Charged("hold", call, this.book.price(used, call.ts_us), False, this.now_us)
-        state = self._advance(call, this)
-        if state is not None:
-            self._hold(who.agent, used.id, state, step)
-            self._judge_agent(state, step, this)
-        self._later_shared(step, this)
+        _hand_out(Charged("hold", call, this.book.price(used, call.ts_us), False, this.now_us), this)
 
-    @staticmethod
-    def _later_shared(step: Charged, this: _Round) -> None:
-        for scope in step.call.who.shared:
-            steps = this.shared.get(scope)
-            if steps is None:
-                this.shared[scope] = [step]
+    def _fold_agent(self, agent: str, steps: list[Charged], this: _Round) -> None:
+        """Bring an agent up to date, and judge its caps: together when no step can reach a line, else at each."""
+        state, policy = self.state(agent), this.policies.of(agent)
+        spend = state.spend
+        fresh = _fresh(steps, state.marks)
+        if not fresh:
+            return
+        this.last[agent] = fresh[-1].call
+        plain = not spend.holds and all(step.kind == "charge" and step.charge.priced_by != "ceiling" for step in fresh)
+        charges = _charges(fresh)
+        if plain and stays_quiet(policy, spend, state.fuses, charges, this.now_us):
+            spend.add_all(policy.plan, charges, this.now_us)
+            return
+        for step in fresh:
+            call = step.call
+            if step.kind == "hold":
+                self._hold(agent, call.used.id, state, step)
             else:
-                steps.append(step)
+                spend.settle(call.used.id)
+                spend.add(policy.plan, call.ts_us, this.now_us, step.charge.cost_nanos, call.tokens)
+            self._judge_agent(state, step, this)
 
     def _fold_shared(self, scope: str, steps: list[Charged], this: _Round) -> None:
-        """Bring a shared scope up to date: the steps above its watermarks, in order."""
+        """Bring a shared scope up to date; its caps are judged on the sum of all partitions, where the rollup is."""
         state = self.state(scope)
-        marks, spend = state.marks, state.spend
-        charges: list[tuple[int, int, int]] = []
-        last: Call | None = None
-        for step in steps:
-            call = step.call
-            if call.position <= marks.get(call.partition, -1):
-                continue  # already in its sums
-            marks[call.partition] = call.position
-            last = call
-            # An id is an agent's own, so where agents share a scope its path belongs to it.
-            if step.kind == "hold":
-                self._hold(scope, f"{call.who.path}/{call.used.id}", state, step)
-                continue
-            if spend.holds:
-                spend.settle(f"{call.who.path}/{call.used.id}")
-            charges.append((call.ts_us, step.charge.cost_nanos, call.tokens))
-        if last is not None:
-            spend.add_all(this.policies.of(scope).plan, charges, this.now_us)
-            this.last[scope] = last
+        fresh = _fresh(steps, state.marks)
+        if not fresh:
+            return
+        this.last[scope] = fresh[-1].call
+        spend = state.spend
+        if spend.holds or any(step.kind == "hold" for step in fresh):
+            for step in fresh:
+                # An id is an agent's own, so where agents share a scope its path belongs to it.
+                name = f"{step.call.who.path}/{step.call.used.id}"
+                if step.kind == "hold":
+                    self._hold(scope, name, state, step)
+                else:
+                    spend.settle(name)
+        spend.add_all(this.policies.of(scope).plan, _charges(fresh), this.now_us)
 
     def _hold(self, scope: str, name: str, state: ScopeState, step: Charged) -> None:
         call, now_us = step.call, step.at_us
@@ -228,16 +234,6 @@ class PartitionMeter:
             hold = Hold(max(hold.nanos, known.nanos), max(hold.tokens, known.tokens), until_us)
         if state.spend.hold(name, hold, now_us):
             self.due.watch(scope, hold.deadline_us)
-
-    def _advance(self, call: Call, this: _Round) -> ScopeState | None:
-        """Move an agent's watermark past a call of its own; None when the call is already in its sums."""
-        scope = call.who.agent
-        state = self.states.get(scope) or self.state(scope)
-        if call.position <= state.marks.get(call.partition, -1):
-            return None
-        state.marks[call.partition] = call.position
-        this.last[scope] = call
-        return state
 
     @staticmethod
     def _is_late(call: Call, this: _Round) -> bool:
@@ -253,11 +249,12 @@ class PartitionMeter:
         call, agent = step.call, step.call.who.agent
         policy, spend, now_us = this.policies.of(agent), state.spend, step.at_us
         held = Held(*spend.held(now_us)) if spend.holds else NOTHING_HELD
-        if not is_quiet(policy, spend, held, state.fuses, call.ts_us, now_us):
+        if policy.limits:
             effects = decide(
                 agent, policy, spend, held, state.fuses, _cause(call), now_us=now_us, price_book=step.charge.price_book
             )
-            _gather(this.outcome.effects, effects)
+            if effects is not None:
+                this.decided.append((call, effects))
         if step.charge.priced_by == "ceiling":
             self._unknown_model(agent, state, step, this)
 
@@ -267,23 +264,22 @@ class PartitionMeter:
         deny = {budget.id: budget for scope in scopes for budget in policies.of(scope).deny_unknown}
         model = f"{call.used.provider}/{call.used.model}"
         if deny:
-            _gather(
-                this.outcome.effects,
-                deny_unknown_model(
-                    agent,
-                    tuple(deny.values()),
-                    state.fuses,
-                    _cause(call),
-                    model,
-                    now_us=step.at_us,
-                    price_book=step.charge.price_book,
-                ),
+            effects = deny_unknown_model(
+                agent,
+                tuple(deny.values()),
+                state.fuses,
+                _cause(call),
+                model,
+                now_us=step.at_us,
+                price_book=step.charge.price_book,
             )
+            if effects is not None:
+                this.decided.append((call, effects))
         if any(policies.of(scope).warn_unknown for scope in scopes) and state.noted.get(model, 0) <= step.at_us:
             if len(state.noted) >= NOTED_MAX:
                 state.noted.clear()
             state.noted[model] = calendar_window("day", "UTC", step.at_us).end_us
-            this.outcome.effects.alerts.append(_unknown_alert(agent, model, step))
+            this.decided.append((call, Effects(alerts=[_unknown_alert(agent, model, step)])))
 
     def reconsider(self, scope: str, policies: Policies, book: PriceBook, now_us: int) -> Effects | None:
         """Judge one agent's scope again after budgets or prices changed."""
@@ -364,15 +360,45 @@ class PartitionMeter:
         )
 
 
+def _hand_out(step: Charged, this: _Round) -> None:
+    """Give a step to the scopes of its call."""
+    who = step.call.who
+    steps = this.agents.get(who.agent)
+    if steps is None:
+        this.agents[who.agent] = [step]
+    else:
+        steps.append(step)
+    for scope in who.shared:
+        steps = this.shared.get(scope)
+        if steps is None:
+            this.shared[scope] = [step]
+        else:
+            steps.append(step)
+
+
+def _fresh(steps: list[Charged], marks: dict[int, int]) -> list[Charged]:
+    """Return the steps above a scope's watermarks, which move past them; what is below is in its sums already."""
+    fresh = []
+    for step in steps:
+        call = step.call
+        if call.position > marks.get(call.partition, -1):
+            marks[call.partition] = call.position
+            fresh.append(step)
+    return fresh
+
+
+def _charges(steps: list[Charged]) -> list[tuple[int, int, int]]:
+    return [(step.call.ts_us, step.charge.cost_nanos, step.call.tokens) for step in steps if step.kind == "charge"]
+
+
 def _cause(call: Call) -> CausedBy:
     return CausedBy(call.used.id, call.ts_us, call.partition, call.offset, call.produced_at_ms)
 
 
-def _gather(into: Effects, effects: Effects | None) -> None:
-    if effects is not None:
-        into.commands += effects.commands
-        into.shadow += effects.shadow
-        into.alerts += effects.alerts
+def _gather(into: Effects, effects: Effects) -> None:
+    into.commands += effects.commands
+    into.shadow += effects.shadow
+    into.alerts += effects.alerts
 
 
 def _unknown_alert(agent: str, model: str, step: Charged) -> Alert:
