@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
+from spendfuse.client.batches import UNREADABLE
 from spendfuse.pipeline.records import SourceRecord
 from spendfuse.pipeline.routing import partition_of
 from spendfuse.wire.base import to_us
@@ -141,7 +142,9 @@ def _salvaged(
     """Yield the good usages of a pack that has bad ones, and each bad one by itself; else the whole record."""
     items = _pack_items(record.value or b"")
     if items is None:
-        yield 0, None, DeadLetter(record, reason(error), None, 0)
+        unreadable = dict(record.headers).get(UNREADABLE)
+        why = unreadable.decode("utf-8", "replace") if unreadable else reason(error)
+        yield 0, None, DeadLetter(record, why, None, 0)
         return
     for nth, item in enumerate(items):
         text = json.dumps(item).encode()
