@@ -54,8 +54,8 @@ bench-audit: $(STAMP) ## what the audit's database takes and answers, over 10 mi
 bench-halt: $(STAMP) ## halt lag over 1,000 trips beside 1,000 usages/s, by hop (a real Kafka: needs Java and Maven)
 	$(PY) tests/bench/halt_lag.py --trips 1000 --rate 1000
 
-bench-overshoot: $(STAMP) ## overshoot by concurrency, after the fact and with holds; draws docs/images/overshoot.svg
-	$(PY) tests/bench/overshoot.py --chart docs/images/overshoot.svg
+bench-overshoot: $(STAMP) ## overshoot by concurrency: after the fact, with holds, by LiteLLM; draws docs/images/overshoot.png
+	$(PY) tests/bench/overshoot.py --chart docs/images/overshoot.png
 
 chaos: $(STAMP) ## 100 random faults on a real three-node Kafka, then every number compared (needs Java and Maven)
 	$(PY) tests/chaos/chaos.py $(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS))
@@ -64,6 +64,8 @@ lock: $(STAMP) ## pin every dependency again, with hashes and without addresses
 	$(PY) -m pip install --quiet uv
 	$(UV) pip compile pyproject.toml --extra all --extra prices --group dev --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate -o requirements.lock
+	for name in chart litellm; do $(UV) pip compile tests/bench/locks/$$name.in --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --no-annotate -o tests/bench/locks/$$name.txt || exit 1; done
 
 clean: ## forget the virtual environment and caches
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .spendfuse

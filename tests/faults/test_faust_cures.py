@@ -148,7 +148,9 @@ def test_the_installed_faust_is_the_one_the_cures_were_proved_on() -> None:
     assert faust_cures.recovery_sha256() == faust_cures.RECOVERY_SHA256
 
 
-async def test_only_fausts_own_fetch_wait_is_shortened(uncured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_fausts_own_fetch_wait_is_shortened_and_all_its_consumers_read_anything(
+    uncured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits: list[int] = []
     monkeypatch.setattr(
         faust_cures,
@@ -158,5 +160,7 @@ async def test_only_fausts_own_fetch_wait_is_shortened(uncured: None, monkeypatc
     faust_cures.install(20)
     faust_cures.install(30)
     for wait_ms in (1_500, 500):
-        aiokafka.AIOKafkaConsumer.__init__(SimpleNamespace(), fetch_max_wait_ms=wait_ms)
+        consumer = SimpleNamespace(_client=SimpleNamespace(send=None))
+        aiokafka.AIOKafkaConsumer.__init__(consumer, fetch_max_wait_ms=wait_ms)
+        assert consumer._client.send.reads_anything
     assert waits == [30, 500]

@@ -49,6 +49,10 @@ async def test_bad_bytes_on_every_topic_are_said_and_the_worker_goes_on(deployed
     await scenario.bad_bytes_on_every_topic_are_said_and_the_worker_goes_on(deployed)
 
 
+async def test_no_record_batch_stops_a_worker_or_moves_its_offsets(deployed: scenario.Deployment) -> None:
+    await scenario.no_record_batch_stops_a_worker_or_moves_its_offsets(deployed, "worker-1")
+
+
 async def test_a_worker_killed_in_the_middle_loses_and_repeats_nothing(deployed: scenario.Deployment) -> None:
     await scenario.a_worker_killed_in_the_middle_loses_and_repeats_nothing(deployed, "worker-1")
 

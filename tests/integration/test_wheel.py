@@ -1,4 +1,4 @@
-"""The wheel as a user gets it: alone in a clean environment, with nothing but the client's three dependencies."""
+"""The wheel as a user gets it: alone in a clean environment, with nothing but what the client depends on."""
 
 import asyncio
 import re

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import time
 from collections import Counter, defaultdict
@@ -10,11 +11,14 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import cramjam
 from aiokafka import AIOKafkaProducer
 
+import raw_batches
 from pipeline.oracle import Truth
 from pipeline.samples import BOOK, INPUT_NANOS, OUTPUT_NANOS, budget, cap
 from spendfuse.client import Guard, Halted, Meter
+from spendfuse.client.batches import UNPACKED_BYTES_MAX
 from spendfuse.client.connection import producer_options
 from spendfuse.client.follow import Follower, Record
 from spendfuse.client.keys import Verifier, generate
@@ -333,6 +337,55 @@ async def bad_bytes_on_every_topic_are_said_and_the_worker_goes_on(deployed: Dep
     log = "".join(worker.log for worker in deployed.running.values())
     assert '"refused"' in log
     assert "Traceback" not in log
+
+
+async def no_record_batch_stops_a_worker_or_moves_its_offsets(deployed: Deployment, name: str) -> None:
+    space, far = "batches", 1_000_000
+    servers = deployed.broker.bootstrap_servers
+    guard = Guard(identity(space, "victim"), deployed.broker, GuardSettings.from_env({}, public_keys=PUBLIC))
+    try:
+        async with watching(deployed) as watch:
+            await watch.apply(budget(f"agent:{space}/*/*", cap(5, unit="tokens"), name=f"{space}-agents"))
+            one = Tokens(input=1)
+            named, packed, lying = (
+                encode(usage(space, agent, 0, tokens=one)) for agent in ("named", "packed", "victim")
+            )
+            bad_name = raw_batches.record(named, [(b"\xff\xfe", b"v")])
+            for topic in TOPICS:
+                if topic.name.startswith("spendfuse.batches"):
+                    continue  # the audit's, which is not part of this
+                await raw_batches.produce(servers, topic.name, 0, raw_batches.batch(bad_name))
+                await raw_batches.produce(servers, topic.name, 0, raw_batches.batch(raw_batches.record(lying, nth=far)))
+            compressed = bytes(cramjam.zstd.compress(raw_batches.record(packed)))
+            await raw_batches.produce(servers, USAGE.name, 0, raw_batches.batch(compressed, codec="zstd"))
+            bomb = gzip.compress(raw_batches.record(b"0" * 2 * UNPACKED_BYTES_MAX))
+            await raw_batches.produce(servers, USAGE.name, 0, raw_batches.batch(bomb, codec="gzip"))
+
+            def reasons() -> list[str]:
+                said = [dict(each.headers) for each in watch.records[DEAD_LETTERS.name]]
+                return [
+                    each["spendfuse-reason"].decode()
+                    for each in said
+                    if each.get("spendfuse-topic") == USAGE.name.encode()
+                    and b"batch cannot be read" in each["spendfuse-reason"]
+                ]
+
+            await watch.until(lambda: len(reasons()) >= 2, "the dead letters of the batches")
+            assert [str(far) in reasons()[0], str(UNPACKED_BYTES_MAX) in reasons()[1]] == [True, True]
+            for number in range(2, 12, 2):  # of one team, which goes by the number
+                await watch.emit(usage(space, "victim", number, tokens=one), partition=0)
+            await watch.until(lambda: len(watch.charges(space)) >= 7, "the charge of every true usage")
+            charged = Counter(entry.usage.agent for entry in watch.charges(space))
+            assert charged == {"named": 1, "packed": 1, "victim": 5}
+            halted = await asyncio.to_thread(guard.wait_halted, DEADLINE_S)
+            assert isinstance(halted, Halted), "the guard reads on behind such a batch"
+            await asyncio.to_thread(deployed.running[name].stop)
+            await asyncio.to_thread(deployed.only, name)
+            await watch.emit(usage(space, "victim", 20, tokens=one), partition=0)
+            await watch.until(lambda: len(watch.charges(space)) == 8, "a charge after a restart")
+    finally:
+        await asyncio.to_thread(guard.close)
+    assert "Traceback" not in deployed.running[name].log
 
 
 def a_worker_told_to_stop_leaves_in_order(deployed: Deployment, name: str) -> None:

@@ -14,7 +14,8 @@ from spendfuse.client.follow import Record
 from spendfuse.embedded.processes import free_port
 from spendfuse.settings import BrokerSettings, GuardSettings, IdentitySettings
 from spendfuse.testing import PipelineDriver
-from spendfuse.wire import Budget, Cap, WindowSpec
+from spendfuse.wire import Budget, Cap, Command, WindowSpec, encode
+from spendfuse.wire.base import from_us
 from spendfuse.wire.topics import COMMANDS, REMAINING
 
 if TYPE_CHECKING:
@@ -307,3 +308,51 @@ def test_full_use_of_holds_never_passes_the_cap_and_leaves_less_than_a_call_unus
     spent = line.driver.spend("team:acme/research").tokens
     assert 10_000 - 130 <= spent < 10_000
     assert line.driver.commands() == []
+
+
+def test_where_only_calls_in_flight_fill_a_cap_a_call_finds_no_room_and_goes_on_when_they_have_ended(
+    bench: Callable[..., Bench],
+) -> None:
+    line = bench(budget())
+    one, other = line.guard(), line.guard()
+    with call(one, 600) as first, call(other, 600) as second:  # neither can know of the other
+        line.hear()
+        with pytest.raises(Halted) as halted:
+            one.check()
+        assert not isinstance(halted.value, NoRoom)
+        with pytest.raises(NoRoom, match="try again when calls in flight have ended"):
+            call(one, 10).__enter__()
+        first.settle(Tokens(output=100))
+        second.settle(Tokens(output=100))
+    line.hear()
+    with call(one, 700) as later:
+        later.settle(Tokens(output=100))
+    assert [command.action for command in line.driver.commands()] == ["halt", "resume"]
+
+
+def test_a_halt_by_spend_or_by_a_person_is_a_halt_for_a_call_too(bench: Callable[..., Bench]) -> None:
+    line = bench(budget())
+    one, other = line.guard(), line.guard()
+    with suppress(Halted), call(one, 600) as first, call(other, 600) as second:
+        line.hear()
+        first.settle(Tokens(output=600))
+        second.settle(Tokens(output=600))
+    line.hear()
+    with pytest.raises(Halted) as by_spend:
+        call(one, 10).__enter__()
+    assert not isinstance(by_spend.value, NoRoom)
+
+    held = bench(budget())
+    three, four = held.guard(), held.guard()
+    with call(three, 600) as first, call(four, 600) as second:
+        held.hear()
+        manual = Command(
+            id="0" * 32, seq=1, action="halt", scope=PLANNER, budget="manual", cap="halt", by="user:ada",
+            issued_at=from_us(held.driver.now_us),
+        )  # fmt: skip
+        three._on_command(Record(COMMANDS.name, 0, 99, 0, manual.key.encode(), encode(manual), ()))
+        with pytest.raises(Halted) as by_person:
+            call(three, 10).__enter__()
+        assert not isinstance(by_person.value, NoRoom)
+        first.release()
+        second.release()

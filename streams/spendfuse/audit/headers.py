@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from typing import Final
 
 import structlog
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaProducer
 from aiokafka.errors import UnknownTopicOrPartitionError
 from pydantic import ValidationError
 
 from spendfuse.audit.batches import BatchHeader
-from spendfuse.client.connection import consumer_options
+from spendfuse.client.connection import Consumer, consumer_options
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.base import encode
 
@@ -35,7 +35,7 @@ async def last_headers(broker: BrokerSettings, topic: str, partitions: Iterable[
     """
     wanted = set(partitions)
     found: dict[int, BatchHeader] = {}
-    consumer = AIOKafkaConsumer(topic, **consumer_options(broker, CLIENT_ID))
+    consumer = Consumer(topic, **consumer_options(broker, CLIENT_ID))
     async with asyncio.timeout(READ_TIMEOUT_S):
         try:
             await consumer.start()

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from typing import Final
 
 import structlog
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord
@@ -21,7 +21,7 @@ from spendfuse.audit.batches import Batch, BatchHeader, BatchMismatchError, Coll
 from spendfuse.audit.checkpoints import Head
 from spendfuse.audit.database import Database
 from spendfuse.audit.trail import TrailError
-from spendfuse.client.connection import admin_options, consumer_options, producer_options
+from spendfuse.client.connection import Consumer, admin_options, consumer_options, producer_options
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.topics import BATCHES, CHECKPOINTS, LEDGER
 
@@ -99,7 +99,7 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
         self._epoch = 0
         # Held while a header is on its way: a partition is not given away before its header has landed or failed.
         self._header_sent = asyncio.Lock()
-        self._consumer: AIOKafkaConsumer
+        self._consumer: Consumer
         self._producer: AIOKafkaProducer
 
     def stop(self) -> None:
@@ -142,7 +142,7 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
     async def _connected(self) -> AsyncIterator[None]:
         await self._wait_for_topics()
         self._producer = AIOKafkaProducer(**producer_options(self._broker, CLIENT_ID))
-        self._consumer = AIOKafkaConsumer(
+        self._consumer = Consumer(
             **consumer_options(self._broker, CLIENT_ID),
             group_id=self._group,
             max_poll_interval_ms=POLL_INTERVAL_MS_MAX,

@@ -6,13 +6,13 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
 from spendfuse.cli.faults import EXIT_UNAVAILABLE, CliError
 from spendfuse.cli.target import Target
-from spendfuse.client.connection import client_options, consumer_options, producer_options
+from spendfuse.client.connection import Consumer, client_options, consumer_options, producer_options
 from spendfuse.client.follow import Follower, Record
 from spendfuse.settings import BrokerSettings
 
@@ -153,7 +153,7 @@ async def _producer(broker: BrokerSettings) -> Any:
 async def tail(target: Target, topic: str) -> AsyncIterator[Callable[[int], Awaitable[list[bytes | None]]]]:
     """Give a function that returns the values of what is written to a topic from now on, waiting some ms for any."""
     async with reaching(target):
-        consumer = AIOKafkaConsumer(**consumer_options(target.broker, CLIENT_ID))
+        consumer = Consumer(**consumer_options(target.broker, CLIENT_ID))
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await consumer.start()

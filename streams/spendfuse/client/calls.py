@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from spendfuse.client.extract import Extracted, from_anthropic, from_gemini, from_openai_chat, from_openai_responses
+from spendfuse.client.halted import NoRoom
 from spendfuse.wire.usage import Kind, Tokens, Usage
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class Call:
 
     def __enter__(self) -> Self:
         self._must_be("new", "start")
-        self._guard.check()
+        self._guard.check_call()
         self._guard.wait_for_remaining(self._guard.lease_wait_s())
         give_up_at = monotonic() + PATIENCE_S
         usage = self._draft()
@@ -147,8 +148,8 @@ class Call:
         try:
             while not self._confirmed(usage) and monotonic() < give_up_at:
                 self._guard.wait_for_news(WAIT_STEP_S)
-        except BaseException:
-            self._give_up()
+        except BaseException as error:
+            self._give_up(error)
             raise
         return self
 
@@ -164,7 +165,7 @@ class Call:
 
     async def __aenter__(self) -> Self:
         self._must_be("new", "start")
-        await self._guard.acheck()
+        await self._guard.acheck_call()
         while (wait_s := self._guard.lease_wait_s()) > 0:  # noqa: ASYNC110 - set by another thread
             await asyncio.sleep(min(wait_s, WAIT_STEP_S))
         give_up_at = monotonic() + PATIENCE_S
@@ -175,8 +176,8 @@ class Call:
         try:
             while not self._confirmed(usage) and monotonic() < give_up_at:  # noqa: ASYNC110 - the same
                 await asyncio.sleep(WAIT_STEP_S)
-        except BaseException:
-            self._give_up()
+        except BaseException as error:
+            self._give_up(error)
             raise
         return self
 
@@ -235,7 +236,7 @@ class Call:
 
     def _admitted(self, usage: Usage, *, patient: bool) -> bool:
         """Announce the call if it may start now; raise NoRoom or Halted if it may not start at all."""
-        self._guard.check()
+        self._guard.check_call(usage)
         if not self._guard.admit(self.id, usage, self._deadline_us(), patient=patient):
             return False
         self._state = "running"
@@ -244,16 +245,21 @@ class Call:
 
     def _confirmed(self, usage: Usage) -> bool:
         """Say whether the announced call may go on; raise NoRoom or Halted when others left no room for it."""
-        self._guard.check()
+        self._guard.check_call(usage)
         known = self._guard.confirmed(self.id, usage)
         if known is None:
             return True
         if known and self._known_at is None:
             self._known_at = monotonic()
-        return self._known_at is not None and monotonic() - self._known_at >= OTHERS_S
+        if self._known_at is None or monotonic() - self._known_at < OTHERS_S:
+            return False
+        self._guard.took_turn(gave_way=False)
+        return True
 
-    def _give_up(self) -> None:
+    def _give_up(self, error: BaseException) -> None:
         """Release a call that was announced and did not begin: leaving the block will not be asked for."""
+        if isinstance(error, NoRoom):
+            self._guard.took_turn(gave_way=True)
         if self._state == "running":
             self._finish(Tokens(), self.model)
 

@@ -2,8 +2,11 @@
 
 from typing import Any, Final
 
+from aiokafka import AIOKafkaConsumer  # noqa: TID251 - made safe below, for everybody else
 from aiokafka.helpers import create_ssl_context
+from aiokafka.protocol.fetch import FetchRequest
 
+from spendfuse.client.batches import readable
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.topics import MESSAGE_BYTES_MAX
 
@@ -65,3 +68,32 @@ def consumer_options(broker: BrokerSettings, client_id: str) -> dict[str, Any]:
         "rebalance_timeout_ms": broker.rebalance_timeout_ms,
         "heartbeat_interval_ms": broker.heartbeat_interval_ms,
     }
+
+
+class Consumer(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka ships no types
+    """A consumer that no record batch can stop or lead astray; every one of ours is made as this."""
+
+    def __init__(self, *topics: str, **options: Any) -> None:
+        """Take what aiokafka's takes."""
+        super().__init__(*topics, **options)
+        read_anything(self)
+
+
+def read_anything(consumer: Any) -> None:
+    """Have a consumer's fetches pass through `batches.readable`, before it has started; a second time does nothing."""
+    client = consumer._client  # noqa: SLF001 - aiokafka has no hook between what is fetched and what is read
+    send = client.send
+    if getattr(send, "reads_anything", False):
+        return
+
+    async def readable_send(node_id: Any, request: Any, **options: Any) -> Any:
+        answer = await send(node_id, request, **options)
+        if isinstance(request, FetchRequest):
+            answer.topics = [
+                (topic, [(*partition[:-1], readable(partition[-1] or b"")) for partition in partitions])
+                for topic, partitions in answer.topics
+            ]
+        return answer
+
+    readable_send.reads_anything = True  # type: ignore[attr-defined]  # a mark on a function
+    client.send = readable_send

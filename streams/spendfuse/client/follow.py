@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Self
 from zlib import crc32
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from spendfuse.client.connection import consumer_options
+from spendfuse.client.connection import Consumer, consumer_options
 from spendfuse.settings import BrokerSettings
 
 BACKOFF_S_MIN: Final = 0.1
@@ -130,7 +130,7 @@ class Follower:
             backoff_s = BACKOFF_S_MIN if self.records > before else min(2 * backoff_s, BACKOFF_S_MAX)
 
     async def _follow_until_it_fails(self) -> None:
-        consumer = AIOKafkaConsumer(**consumer_options(self._broker, self._client_id))
+        consumer = Consumer(**consumer_options(self._broker, self._client_id))
         try:
             await asyncio.wait_for(consumer.start(), ANSWER_TIMEOUT_S)
             partitions = await self._existing_partitions(consumer)

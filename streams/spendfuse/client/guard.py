@@ -12,6 +12,7 @@ it knows too little (`fail_mode`): see `GuardState` and `Guard.check`.
 
 import asyncio
 import logging
+import random
 import threading
 import uuid
 from collections import Counter
@@ -40,6 +41,7 @@ from spendfuse.client.meter import Meter
 from spendfuse.client.obey import Obedience, Verdict, expired
 from spendfuse.client.outbox import Message, Outbox
 from spendfuse.client.prices import shipped_book
+from spendfuse.client.turns import Turns
 from spendfuse.engine.prices import PriceBook
 from spendfuse.engine.sentences import amount
 from spendfuse.settings import (
@@ -173,6 +175,7 @@ class Guard:
         self._heartbeats: Follower | None = None
         self._remaining: Follower | None = None
         self._lease = Lease(self.identity.scopes)
+        self._turns = Turns()
         self._leased = threading.Event()
         self._lease_until: float | None = None
         self._first_call_at: float | None = None
@@ -211,6 +214,39 @@ class Guard:
         while not self._settled.is_set() and (wait_s := self._sync_wait_s()) > 0:  # noqa: ASYNC110 - set by another thread
             await asyncio.sleep(min(wait_s, SYNC_STEP_S))
         self._look()
+
+    def check_call(self, usage: Usage | None = None) -> None:
+        """Do what `check` does for a call that would start; where only calls in flight fill a cap, it is NoRoom.
+
+        Such a halt ends with those calls. Without `usage`, before anything is known of what remains, it passes. For
+        `Call`.
+        """
+        try:
+            self.check()
+        except Halted as halted:
+            self._no_call(halted, usage)
+
+    async def acheck_call(self) -> None:
+        """Do what `check_call` does, without blocking the event loop."""
+        try:
+            await self.acheck()
+        except Halted as halted:
+            self._no_call(halted, None)
+
+    def _no_call(self, halted: Halted, usage: Usage | None) -> None:
+        """Raise what keeps a call from starting."""
+        with self._lock:
+            halts = self._obedience.strictest(self._time.now_us()).halts
+            filled = self._lease.filled_by_calls(halts, self._clock())
+        if halted.command is None or not all(_is_of_holds(halt) for halt in halts):
+            raise halted
+        if usage is None:
+            return
+        if filled is None:
+            raise halted
+        left, rest = filled
+        bound = self._amount(usage)
+        raise self._no_room(Room(left, rest, bound.tokens if left.unit == "tokens" else bound.nanos)) from halted
 
     def model(self, name: str) -> str:
         """Return the model to use now in place of `name`: itself, unless the agent is degraded."""
@@ -288,9 +324,10 @@ class Guard:
             room = self._lease.no_room(bound, now_us)
             if room is None:
                 live = self.state is GuardState.LIVE
-                if live and patient and (self._is_cold() or self._lease.is_crowded(bound, now_us)):
+                waits = live and (self._lease.is_crowded(bound, now_us) or self._must_wait(bound, now_us))
+                if patient and (waits or (live and self._is_cold())):
                     return False
-                if not live or self._is_cold() or not self._lease.is_crowded(bound, now_us):
+                if not waits or self._is_cold():
                     if self._first_call_at is None:
                         self._first_call_at = monotonic()
                     self._lease.start(call_id, bound, _wall_ms(), deadline_us)
@@ -298,6 +335,10 @@ class Guard:
                 left, rest = min(self._lease.rests(now_us), key=lambda pair: pair[1])
                 room = Room(left, rest, bound.tokens if left.unit == "tokens" else bound.nanos)
         raise self._no_room(room)
+
+    def _must_wait(self, bound: Amount, now_us: int) -> bool:
+        """Say whether a call that needs much of what is left comes too soon after one that gave way to others'."""
+        return self._turns.must_wait(monotonic()) and self._lease.will_need_confirmation(bound, now_us)
 
     def _is_cold(self) -> bool:
         """Say whether a first call has just been announced, and nothing been heard of any cap yet."""
@@ -319,6 +360,14 @@ class Guard:
             if room is None:
                 return known
         raise self._no_room(room)
+
+    def took_turn(self, *, gave_way: bool) -> None:
+        """Note how a call that needed much of what was left ended its wait. For `Call`."""
+        with self._lock:
+            if gave_way:
+                self._turns.lost(monotonic(), random.random())  # noqa: S311 - to differ from other processes, no secret
+            else:
+                self._turns.won()
 
     def wait_for_news(self, timeout_s: float) -> None:
         """Wait until something new is heard, at most `timeout_s`."""
@@ -755,6 +804,11 @@ class Guard:
             )
             for ack in acks
         ]
+
+
+def _is_of_holds(halt: Command) -> bool:
+    """Say whether a halt was for calls in flight alone: it is lifted when they end below their bounds."""
+    return halt.measure is not None and halt.measure.spend < halt.measure.cap
 
 
 def _wall_ms() -> int:

@@ -18,8 +18,9 @@ class Halted(Exception):  # noqa: N818 - named by the design
 class NoRoom(Halted):
     """A call was refused before it started: its upper bound does not fit in what is left of a cap.
 
-    Nothing is halted: a smaller call may fit now, and this one later. `remaining` is what the guard last heard of the
-    cap, `needed` the call's bound and `left` what was left by the guard's own count, both in the cap's unit.
+    It is not over: a smaller call may fit now, and this one when calls in flight have ended. `remaining` is what the
+    guard last heard of the cap, `needed` the call's bound and `left` what was left by the guard's own count, both in
+    the cap's unit.
     """
 
     def __init__(self, message: str, remaining: Remaining, needed: int, left: int) -> None:

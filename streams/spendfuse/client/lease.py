@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from spendfuse.wire.base import to_us
+from spendfuse.wire.control import Command
 from spendfuse.wire.remaining import Remaining
 
 RECORDS_MAX: Final = 1_000
@@ -125,6 +126,14 @@ class Lease:
         ]
         return min(found, key=lambda room: room.left - room.needed, default=None)
 
+    def filled_by_calls(self, halts: Sequence[Command], now_us: int) -> tuple[Remaining, int] | None:
+        """Return what was heard of the first of these halts' caps, None unless each is still below its cap in spend."""
+        known = {left.key: (left, rest) for left, rest in self.rests(now_us)}
+        found = [known.get(halt.key) for halt in halts]
+        if not all(each is not None and each[0].spend < each[0].amount for each in found):
+            return None
+        return found[0] if found else None
+
     @property
     def heard(self) -> bool:
         """Say whether anything is known to remain."""
@@ -147,6 +156,10 @@ class Lease:
         if call_id not in self._calls:
             return False
         return any(_in_unit(bound, left) * SHARE > rest + _in_unit(bound, left) for left, rest in self.rests(now_us))
+
+    def will_need_confirmation(self, bound: Amount, now_us: int) -> bool:
+        """Say whether a call, once started, is so large a part of what is left."""
+        return any(_in_unit(bound, left) * SHARE > rest for left, rest in self.rests(now_us))
 
     def confirmed(self, call_id: str, now_us: int) -> tuple[bool, Room | None]:
         """Say whether every record knows of a call, and the cap that is passed with it, if any."""

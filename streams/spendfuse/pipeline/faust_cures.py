@@ -5,6 +5,8 @@
    before it starts; Faust resumes it itself, after its seek.
 2. `fetch_max_wait_ms` is written out as 1500 in the worker's consumer: on a broker that does not wake a waiting
    fetch, every event waits up to that long.
+
+Faust's consumer is aiokafka's, so it is also given what ours have: no record batch can stop it.
 """
 
 import hashlib
@@ -13,6 +15,8 @@ from typing import Any, Final
 
 import aiokafka
 from faust.tables.recovery import Recovery
+
+from spendfuse.client.connection import read_anything
 
 RECOVERY_SHA256: Final = "6ef567acf072e46da3fccbccc6d662371f634f622c3d510972d5df81f70ae3ac"
 """Of the source of `Recovery.on_recovery_completed` that the first cure was proved on."""
@@ -51,6 +55,7 @@ def install(fetch_max_wait_ms: int) -> None:
         if options.get("fetch_max_wait_ms") == FAUST_FETCH_MAX_WAIT_MS:
             options["fetch_max_wait_ms"] = fetch_max_wait_ms
         _original_consumer_init(self, *topics, **options)
+        read_anything(self)
 
     Recovery.on_recovery_completed = _recovery_completed  # type: ignore[method-assign]  # the cure itself
     aiokafka.AIOKafkaConsumer.__init__ = consumer_init

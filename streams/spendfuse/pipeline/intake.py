@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
+from spendfuse.client.batches import UNREADABLE
 from spendfuse.pipeline import quick
 from spendfuse.pipeline.records import SourceRecord
 from spendfuse.wire.base import encode, from_us, to_us
@@ -154,7 +155,9 @@ def _salvaged(record: SourceRecord, error: ValidationError, limits: Limits, now_
     """Yield the good usages of a pack that has bad ones, and each bad one by itself; else the whole record."""
     items = _pack_items(record.value or b"")
     if items is None:
-        yield _Item(0, "", b"", DeadLetter(record, reason(error), None, 0))
+        unreadable = dict(record.headers).get(UNREADABLE)
+        why = unreadable.decode("utf-8", "replace") if unreadable else reason(error)
+        yield _Item(0, "", b"", DeadLetter(record, why, None, 0))
         return
     for nth, item in enumerate(items):
         text = json.dumps(item).encode()

@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 
-from spendfuse.client.connection import consumer_options
+from spendfuse.client.connection import Consumer, consumer_options
 from spendfuse.pipeline.codec import UnreadableStateError
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.topics import PACKED, ROLLUPS
@@ -69,7 +69,7 @@ class KafkaEnds:
 
     async def __call__(self, topic: str, partition: int) -> int:
         """Return the offset of the next record; raises a `KafkaError` when the broker is away."""
-        consumer = AIOKafkaConsumer(**consumer_options(self._broker, CLIENT_ID))
+        consumer = Consumer(**consumer_options(self._broker, CLIENT_ID))
         async with asyncio.timeout(ANSWER_S):
             await consumer.start()
             try:
@@ -89,7 +89,7 @@ async def _end(consumer: Any, place: TopicPartition) -> int:
 
 async def check_changelogs(broker: BrokerSettings, app_id: str, partitions: int) -> None:
     """Return when no table has lost its changelog; raises `StateMismatchError`, and a `KafkaError`."""
-    consumer = AIOKafkaConsumer(group_id=app_id, **consumer_options(broker, CLIENT_ID))
+    consumer = Consumer(group_id=app_id, **consumer_options(broker, CLIENT_ID))
     async with asyncio.timeout(ANSWER_S):
         await consumer.start()
         try:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import structlog
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
+from aiokafka import AIOKafkaProducer, ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
 from spendfuse import __version__
 from spendfuse.client.clock import Clock
-from spendfuse.client.connection import consumer_options, producer_options
+from spendfuse.client.connection import Consumer, consumer_options, producer_options
 from spendfuse.client.follow import Follower, Record
 from spendfuse.pipeline import recorder
 from spendfuse.pipeline.feed import PolicyFeed
@@ -113,7 +113,7 @@ class GroupReader:
         """Take what to read; `run` reads until it is cancelled."""
         self._broker = broker
         self._group = group
-        self._consumer: AIOKafkaConsumer | None = None
+        self._consumer: Consumer | None = None
         self._records_max = records_max
         self.joined = asyncio.Event()
         self._topics = list(topics)
@@ -121,7 +121,7 @@ class GroupReader:
 
     async def run(self, handle: Callable[[list[ConsumerRecord]], Any]) -> None:
         """Read, handle, commit, for ever."""
-        consumer = AIOKafkaConsumer(group_id=self._group, **consumer_options(self._broker, self._group))
+        consumer = Consumer(group_id=self._group, **consumer_options(self._broker, self._group))
         consumer.subscribe(self._topics, listener=_Joined(self.joined))
         try:
             await consumer.start()
@@ -135,7 +135,7 @@ class GroupReader:
             self._consumer = None
             await consumer.stop()
 
-    async def _commit(self, consumer: AIOKafkaConsumer) -> None:
+    async def _commit(self, consumer: Consumer) -> None:
         now = asyncio.get_running_loop().time()
         if now - self._committed_at < COMMIT_INTERVAL_S:
             return
