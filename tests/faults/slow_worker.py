@@ -1,21 +1,18 @@
 """A worker with the recovery race of Faust made wide: `python -m faults.slow_worker`, in place of the real one.
 
 The seek after a recovery takes longer than the poll (1 s) that began before it, and every message takes 4 ms.
-With SPENDFUSE_TEST_UNCURED=1 the cure is taken out.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 from typing import Any
 
-from faust.tables.recovery import Recovery
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
 
-from spendfuse.pipeline import faust_cures, refusal, worker
+from spendfuse.pipeline import refusal, worker
 from spendfuse.pipeline.meter import MeterStage
 
 SEEK_S = 1.5
@@ -23,7 +20,7 @@ WORK_S = 0.004
 
 
 def slow_down() -> None:
-    seek, on_record, create_app = AIOKafkaConsumerThread.seek_to_committed, MeterStage.on_record, worker.create_app
+    seek, on_record = AIOKafkaConsumerThread.seek_to_committed, MeterStage.on_record
 
     async def slow_seek(self: Any, *args: Any, **options: Any) -> Any:
         await asyncio.sleep(SEEK_S)
@@ -33,19 +30,12 @@ def slow_down() -> None:
         time.sleep(WORK_S)  # noqa: ASYNC251 - work, not waiting
         await on_record(self, record)
 
-    def create(*args: Any, **options: Any) -> Any:
-        app = create_app(*args, **options)
-        if os.environ.get("SPENDFUSE_TEST_UNCURED"):
-            Recovery.on_recovery_completed = faust_cures._original_recovery_completed
-        return app
-
     async def vouch(self: Any, *args: Any) -> None:
         """Refuse nothing: the test writes packed usage of records that `usage.v1` never had."""
 
     refusal.Ends.vouch = vouch  # type: ignore[method-assign]
     AIOKafkaConsumerThread.seek_to_committed = slow_seek
     MeterStage.on_record = slow_record  # type: ignore[method-assign]
-    worker.create_app = create
 
 
 if __name__ == "__main__":

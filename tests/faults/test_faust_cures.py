@@ -1,4 +1,4 @@
-"""The cures for Faust's defects. The recovery race is not lost every time without its cure."""
+"""The cures for Faust's defects: each has a test that fails when the cure is taken out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 from faust.tables.recovery import Recovery
 from faust.transport.producer import ProducerBuffer
 
+from faults import recovery
 from pipeline import scenario
 from pipeline.samples import BOOK
+from pipeline.test_stages import RECORDS, SOON_S, SlowPorts, Worker
 from spendfuse.client.connection import producer_options
 from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
 from spendfuse.pipeline import faust_cures
@@ -30,6 +32,8 @@ BEFORE, WHILE_DOWN = 300, 1_500
 DEADLINE_S = 60.0
 QUIET_S = 4.0
 AGENTS = 8
+FLUSH_S = 1.0
+"""Longer than two of Faust's flushes, one after the other, wait for a broker that takes nothing (0.1 s each)."""
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def uncured() -> Iterator[None]:
 class Recovering:
     """A worker that is killed, misses messages of `usage.packed.v1`, and comes back."""
 
-    def __init__(self, broker: BrokerSettings, directory: Path, env: dict[str, str]) -> None:
+    def __init__(self, broker: BrokerSettings, directory: Path) -> None:
         self.deployed = scenario.Deployment(broker, directory)
         book = directory / "book.json"
         book.write_bytes(encode(BOOK))
@@ -50,7 +54,7 @@ class Recovering:
             "SPENDFUSE_UNSIGNED_COMMANDS": "true",
             "SPENDFUSE_PARTITIONS": "1",
         }
-        self.worker = WorkerProcess(directory, "worker", broker, settings | env, module="faults.slow_worker")
+        self.worker = WorkerProcess(directory, "worker", broker, settings, module="faults.slow_worker")
         self.sent = 0
 
     async def produce(self, count: int) -> None:
@@ -89,9 +93,8 @@ def calls(watch: scenario.Watch) -> int:
     return sum(sums[2] for scope, sums in watch.stored("acme").items() if scope.startswith("agent:"))
 
 
-async def lost_in_a_recovery(directory: Path, *, cured: bool) -> int:
-    """Return how many usages a recovery loses, on a broker of its own (uncured it is a race, lost now and then)."""
-    directory.mkdir()  # noqa: ASYNC240 - once, before anything runs
+async def lost_in_a_recovery(directory: Path) -> int:
+    """Return how many usages a recovery loses, on a broker of its own."""
     try:
         broker = EmbeddedBroker(directory).start()
     except BrokerUnavailableError as error:
@@ -106,32 +109,71 @@ async def lost_in_a_recovery(directory: Path, *, cured: bool) -> int:
             rebalance_timeout_ms=2_000,
             heartbeat_interval_ms=400,
         )
-        recovering = Recovering(settings, directory, {} if cured else {"SPENDFUSE_TEST_UNCURED": "1"})
+        recovering = Recovering(settings, directory)
         with recovering.worker:
             return (BEFORE + WHILE_DOWN) - await recovering.charged_after_recovery()
 
 
 @pytest.mark.broker
-async def test_a_cured_recovery_loses_nothing(tmp_path: Path) -> None:
-    assert await lost_in_a_recovery(tmp_path / "cured", cured=True) == 0
+async def test_a_worker_that_was_killed_and_comes_back_to_a_backlog_loses_nothing(tmp_path: Path) -> None:
+    assert await lost_in_a_recovery(tmp_path) == 0
 
 
-async def test_fausts_flush_returns_with_messages_unsent_so_the_stages_await_each_delivery() -> None:
-    buffer = ProducerBuffer()
-    buffer.app = SimpleNamespace(conf=SimpleNamespace(producer_threaded=False))
-    sent: list[Any] = []
+@pytest.mark.parametrize("cured", [True, False], ids=["cured", "as Faust is"])
+async def test_what_is_queued_while_a_recovery_ends_arrives_and_vanishes_without_the_cure(
+    uncured: None, *, cured: bool
+) -> None:
+    faust_cures.uninstall()
+    if cured:
+        faust_cures.install(20)
+    arrived, committed = await recovery.after_a_recovery(SOON_S)
+    vanished = 0 if cured else recovery.QUEUED
+    assert arrived == list(range(recovery.COMMITTED + vanished, recovery.END))
+    assert committed == recovery.END, "what vanished is committed with the rest: no replay brings it back"
 
-    async def slow_send(message: Any) -> None:
-        await asyncio.sleep(0.4)
-        sent.append(message)
 
-    buffer._send_pending = slow_send  # type: ignore[method-assign]
-    async with buffer:
-        for number in range(5):
-            buffer.put(number)  # type: ignore[arg-type]
-        await buffer.flush()
-        assert sent == [], "a barrier would have sent them; tests/pipeline/test_stages.py holds our own to it"
-        buffer.pending = asyncio.Queue()
+class FaustPorts(SlowPorts):
+    """Ports whose records go out by Faust's own buffer; `as_barrier` takes its `flush` for their delivery."""
+
+    def __init__(self, *, as_barrier: bool) -> None:
+        super().__init__()
+        self.as_barrier = as_barrier
+        self.open = asyncio.Event()
+        self.on_broker: list[Any] = []
+        self.buffer = ProducerBuffer()
+        self.buffer.app = SimpleNamespace(conf=SimpleNamespace(producer_threaded=False))
+        self.buffer._send_pending = self.send  # type: ignore[method-assign]
+
+    async def send(self, delivery: Any) -> None:
+        await self.open.wait()
+        self.on_broker.append(delivery)
+        delivery.set_result(None)
+
+    def delivery(self) -> asyncio.Future[None]:
+        delivery: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.delivered.append(delivery)
+        self.buffer.put(delivery)  # type: ignore[arg-type]  # it only hands it on
+        return asyncio.ensure_future(self.buffer.flush()) if self.as_barrier else delivery
+
+
+@pytest.mark.parametrize("cured", [True, False], ids=["cured", "as Faust is"])
+async def test_a_broker_that_has_nothing_yet_delays_the_acknowledgement_and_fausts_flush_would_not(
+    *, cured: bool
+) -> None:
+    ports = FaustPorts(as_barrier=not cured)
+    worker = Worker(ports)
+    async with ports.buffer:
+        await worker.meter.on_record(worker.record(RECORDS[0]))
+        flushing = asyncio.ensure_future(worker.meter.flush())
+        await asyncio.wait({flushing}, timeout=FLUSH_S)
+        assert ports.on_broker == []
+        assert worker.acked == ([] if cured else [0]), "acknowledged, and a kill now would lose it"
+        ports.open.set()
+        async with asyncio.timeout(SOON_S):
+            await flushing
+            await asyncio.gather(*ports.delivered)
+    assert worker.acked == [0]
+    assert len(ports.on_broker) == len(ports.puts) + len(ports.writes)
 
 
 def test_another_version_of_faust_is_refused_with_what_to_do(uncured: None, monkeypatch: pytest.MonkeyPatch) -> None:

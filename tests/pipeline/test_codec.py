@@ -45,7 +45,15 @@ shared = st.builds(
     SharedState,
     parts=st.dictionaries(
         st.integers(0, 65_535),
-        st.builds(Part, as_of=int64, spend=spends, held_nanos=int64, held_tokens=int64, held_until_us=int64),
+        st.builds(
+            Part,
+            as_of=int64,
+            spend=spends,
+            held_nanos=int64,
+            held_tokens=int64,
+            held_until_us=int64,
+            held_steps=st.lists(st.lists(int64, min_size=3, max_size=3), max_size=3),
+        ),
         max_size=3,
     ),
     fuses=fuses,

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from factories import AGENT, MINUTE, NOW, SECOND, Line, at, budget, call, cap, meter, told, usage
 from spendfuse.engine.meter import HOLD_US_DEFAULT, HOLD_US_MAX
 from spendfuse.engine.policies import Policies
-from spendfuse.engine.rollup import apply_rollup, held_by
-from spendfuse.engine.state import SharedState
+from spendfuse.engine.rollup import apply_rollup, held_by, passed_shared
+from spendfuse.engine.spend import HELD_STEPS_MAX, Hold, Spend
+from spendfuse.engine.state import Part, SharedState
 from spendfuse.wire.base import from_us
 from spendfuse.wire.rollup import Rollup
 
@@ -232,6 +233,47 @@ def test_holds_of_a_team_are_a_gauge_that_trips_and_runs_out_although_its_partit
     assert held_by(state, NOW + 2 * MINUTE).nanos == 0
     assert shared(line, state, NOW + MINUTE, 2) == ["resume"]
     assert held_by(state, NOW + MINUTE).nanos == 40
+
+
+def test_each_hold_of_a_team_ends_in_time_although_its_partition_has_forgotten_to_say_so() -> None:
+    line, state, policies = Line(), SharedState(), Policies([budget(cap(100), scope=TEAM)])
+    for nth, (output, minutes) in enumerate([(90, 1), (10, 10), (5, 5)]):
+        line.spend(output, kind="started", id=f"x{nth}", deadline=from_us(NOW + minutes * MINUTE))
+    share = line.meter.rollup(TEAM, 1, NOW)
+    assert share is not None
+    sent = Rollup.model_validate_json(share.model_dump_json())
+    _, effects = apply_rollup(state, sent, policies, now_us=NOW, price_book="x")
+    assert told(effects) == ["halt"]  # type: ignore[arg-type]
+    seen = [(minute, held_by(state, NOW + minute * MINUTE).tokens) for minute in range(12)]
+    assert seen == [
+        (0, 105),
+        *((minute, 15) for minute in range(1, 5)),
+        *((m, 10) for m in range(5, 10)),
+        (10, 0),
+        (11, 0),
+    ]
+    assert [state.held_until_us(NOW + minute * MINUTE) for minute in (0, 1, 5)] == [
+        NOW + m * MINUTE for m in (1, 5, 10)
+    ]
+    assert state.held_until_us(NOW + 10 * MINUTE) is None
+    lifted = passed_shared(TEAM, state, policies, now_us=NOW + MINUTE, price_book="x")
+    assert told(lifted) == ["resume"]  # type: ignore[arg-type]
+
+
+@given(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 10_000)), max_size=300))
+def test_a_share_tells_of_few_deadlines_and_never_of_less_than_is_held(calls: list[tuple[int, int]]) -> None:
+    spend = Spend()
+    for nth, (tokens, seconds) in enumerate(calls):
+        spend.hold(f"c{nth}", Hold(tokens, tokens, NOW + seconds * SECOND), NOW)
+    part = Part(0, Spend(), held_steps=spend.held_steps(NOW))
+    assert len(part.held_steps) <= HELD_STEPS_MAX
+    for seconds in (0, 1, 50, 3_000, 9_999, 10_000):
+        held_then = sum(tokens for tokens, until in calls if until > seconds)
+        told_then = part.held(NOW + seconds * SECOND)
+        assert told_then[0] == told_then[1] >= held_then
+        if len(calls) <= HELD_STEPS_MAX:
+            assert told_then[0] == held_then
+    assert part.held(NOW + 10_000 * SECOND) == (0, 0)
 
 
 def test_a_replay_of_started_and_finished_leaves_no_hold_behind() -> None:

@@ -338,6 +338,7 @@ class PartitionMeter:
         spend = self.state(scope).spend
         spend.release_expired(now_us)
         nanos, tokens = spend.held(now_us)
+        steps = spend.held_steps(now_us) if spend.holds else []
         return Rollup.model_construct(  # our own integers: validated where they are read
             v=1,
             scope=scope,
@@ -348,6 +349,7 @@ class PartitionMeter:
             held_nanos=nanos,
             held_tokens=tokens,
             held_until_us=spend.held_until(),
+            held_steps=steps if len(steps) > 1 else None,
             first_us=spend.first_us,
             newest_us=spend.newest_us,
             cause=Cause.model_construct(

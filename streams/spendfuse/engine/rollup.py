@@ -27,6 +27,7 @@ def apply_rollup(
         rollup.held_nanos,
         rollup.held_tokens,
         rollup.held_until_us,
+        rollup.held_steps or [],
     )
     policy = policies.of(rollup.scope)
     if not policy.limits:
@@ -86,6 +87,6 @@ def reconsider_shared(
 
 
 def held_by(state: SharedState, now_us: int = 0) -> Held:
-    """Return the calls in flight of all partitions, as last published and not yet past their last deadline."""
-    parts = [part for part in state.parts.values() if not part.held_until_us or part.held_until_us > now_us]
-    return Held(sum(part.held_nanos for part in parts), sum(part.held_tokens for part in parts))
+    """Return the calls in flight of all partitions, as last published, that have not passed their deadlines."""
+    held = [part.held(now_us) for part in state.parts.values()]
+    return Held(sum(nanos for nanos, _ in held), sum(tokens for _, tokens in held))

@@ -23,6 +23,8 @@ NANOS: Final = 0
 TOKENS: Final = 1
 CALLS: Final = 2
 Totals = list[int]
+HELD_STEPS_MAX: Final = 64
+"""Most deadlines that a share tells of its calls in flight; beyond it, neighbours take the later one's."""
 HOLDS_MAX: Final = 10_000
 """Most calls in flight that one scope remembers on one partition; the next ones are charged, not held."""
 
@@ -150,6 +152,16 @@ class Spend:
     def held_until(self) -> int:
         """Return the last deadline of the calls in flight, in microseconds since the epoch; 0 when there are none."""
         return max((hold.deadline_us for hold in self.holds.values()), default=0)
+
+    def held_steps(self, now_us: int) -> list[list[int]]:
+        """Return [deadline, nanos, tokens] of the calls in flight by their deadlines, in microseconds and in order."""
+        alive = sorted((hold for hold in self.holds.values() if hold.deadline_us > now_us), key=lambda hold: hold[2])
+        each = -(-len(alive) // HELD_STEPS_MAX) or 1
+        groups = [alive[start : start + each] for start in range(0, len(alive), each)]
+        return [
+            [group[-1].deadline_us, sum(hold.nanos for hold in group), sum(hold.tokens for hold in group)]
+            for group in groups
+        ]
 
     def in_window(self, key: str) -> Totals:
         """Return the sums of a calendar window or of the run; zeros when nothing was spent in it."""

@@ -47,7 +47,8 @@ class ScopeState:
 class Part:
     """One packed partition's share of a shared scope, as of an offset of `usage.packed.v1`.
 
-    Its holds count until `held_until_us`; 0 when that is not known.
+    Its holds count until `held_until_us`; 0 when that is not known. `held_steps` are [deadline, nanos, tokens] of them,
+    so that each ends in time, also when the partition's meter has forgotten to say so.
     """
 
     as_of: int
@@ -55,6 +56,19 @@ class Part:
     held_nanos: int = 0
     held_tokens: int = 0
     held_until_us: int = 0
+    held_steps: list[list[int]] = field(default_factory=list)
+
+    def held(self, now_us: int) -> tuple[int, int]:
+        """Return (nanos, tokens) of the calls in flight that have not passed their deadlines."""
+        if self.held_steps:
+            alive = [step for step in self.held_steps if step[0] > now_us]
+            return sum(step[1] for step in alive), sum(step[2] for step in alive)
+        gone = self.held_until_us and self.held_until_us <= now_us
+        return (0, 0) if gone else (self.held_nanos, self.held_tokens)
+
+    def deadlines_us(self) -> list[int]:
+        """Return when some of the calls in flight run out, in microseconds since the epoch."""
+        return [step[0] for step in self.held_steps] or [self.held_until_us]
 
 
 @dataclass(slots=True)
@@ -66,4 +80,5 @@ class SharedState:
 
     def held_until_us(self, now_us: int) -> int | None:
         """Return when calls in flight of some partition next run out, None when none are held."""
-        return min((part.held_until_us for part in self.parts.values() if part.held_until_us > now_us), default=None)
+        deadlines = (until_us for part in self.parts.values() for until_us in part.deadlines_us())
+        return min((until_us for until_us in deadlines if until_us > now_us), default=None)

@@ -35,6 +35,7 @@ class _Part(msgspec.Struct, array_like=True):
     held_nanos: int
     held_tokens: int
     held_until_us: int
+    held_steps: list[list[int]] = []
 
 
 class _Shared(msgspec.Struct, array_like=True):
@@ -73,7 +74,14 @@ def decode_scope(value: bytes) -> ScopeState:
 def encode_shared(state: SharedState) -> bytes:
     """Return a shared scope's state as bytes."""
     parts = {
-        partition: _Part(part.as_of, _plain_spend(part.spend), part.held_nanos, part.held_tokens, part.held_until_us)
+        partition: _Part(
+            part.as_of,
+            _plain_spend(part.spend),
+            part.held_nanos,
+            part.held_tokens,
+            part.held_until_us,
+            part.held_steps,
+        )
         for partition, part in state.parts.items()
     }
     return VERSION + _encoder.encode(_Shared(parts, _plain_fuses(state.fuses)))
@@ -86,7 +94,9 @@ def decode_shared(value: bytes) -> SharedState:
     """
     plain = _decode(_shared_decoder, value)
     parts = {
-        partition: Part(part.as_of, _spend(part.spend), part.held_nanos, part.held_tokens, part.held_until_us)
+        partition: Part(
+            part.as_of, _spend(part.spend), part.held_nanos, part.held_tokens, part.held_until_us, part.held_steps
+        )
         for partition, part in plain.parts.items()
     }
     return SharedState(parts, _fuses(plain.fuses))

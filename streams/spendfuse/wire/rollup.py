@@ -16,6 +16,7 @@ class Rollup(WireModel):
 
     Totals are cumulative `[nanos, tokens, calls]`: they replace what the partition said before. Holds are a gauge,
     good until `held_until_us` (the last of their deadlines): a partition that falls silent must not hold for ever.
+    `held_steps` says how it falls until then, as `[deadline_us, nanos, tokens]`; absent when it falls at once.
     """
 
     v: Literal[1] = 1
@@ -27,6 +28,7 @@ class Rollup(WireModel):
     held_nanos: Amount = 0
     held_tokens: Amount = 0
     held_until_us: Annotated[int, Field(ge=0)] = 0
+    held_steps: Annotated[list[Sums], Field(max_length=64)] | None = None
     first_us: int = 0
     newest_us: int = 0
     cause: Cause
