@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import TopicAlreadyExistsError
+from aiokafka import AIOKafkaConsumer
 
+from shared_topics import make_topics
 from spendfuse.client import Meter
 from spendfuse.embedded.processes import free_port
 from spendfuse.embedded.tansu import EmbeddedBroker, broker_binary
@@ -24,7 +23,6 @@ from spendfuse.wire import decode_usages
 from spendfuse.wire.topics import USAGE
 
 DEADLINE_S = 30.0
-PARTITIONS = 4
 STREAMS = Path(__file__).parents[2] / "streams"
 
 
@@ -34,19 +32,8 @@ STREAMS = Path(__file__).parents[2] / "streams"
 )
 def usage_topic(request: pytest.FixtureRequest) -> str:
     bootstrap: str = request.getfixturevalue(request.param).bootstrap_servers
-    create_topic(bootstrap)
+    make_topics(bootstrap, USAGE)
     return bootstrap
-
-
-def create_topic(bootstrap: str) -> None:
-    async def create() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-        await admin.start()
-        with contextlib.suppress(TopicAlreadyExistsError):
-            await admin.create_topics([NewTopic(USAGE.name, PARTITIONS, 1)])
-        await admin.close()
-
-    asyncio.run(create())
 
 
 def overrides(bootstrap: str, agent: str, **more: object) -> dict[str, Any]:
@@ -66,12 +53,11 @@ def messages_of(bootstrap: str, agent: str, usages: int) -> list[Any]:
     key = f"test-client-meter/t/{agent}".encode()
 
     async def read() -> list[Any]:
-        consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, fetch_max_wait_ms=20, auto_offset_reset="earliest")
+        consumer = AIOKafkaConsumer(
+            USAGE.name, bootstrap_servers=bootstrap, fetch_max_wait_ms=20, auto_offset_reset="earliest"
+        )
         await consumer.start()
         try:
-            partitions = [TopicPartition(USAGE.name, nth) for nth in range(PARTITIONS)]
-            consumer.assign(partitions)
-            await consumer.seek_to_beginning(*partitions)
             found: list[Any] = []
             give_up_at = time.monotonic() + DEADLINE_S
             while time.monotonic() < give_up_at:
@@ -163,7 +149,7 @@ def test_what_was_emitted_while_the_broker_was_away_arrives_when_it_is_back(tmp_
     broker._start_at(port, broker_binary(tmp_path))
     with contextlib.ExitStack() as stack:
         stack.callback(broker.stop)
-        create_topic(broker.bootstrap_servers)
+        make_topics(broker.bootstrap_servers, USAGE)
         assert meter.flush(DEADLINE_S)
         meter.close()
         records = messages_of(broker.bootstrap_servers, "later", 100)

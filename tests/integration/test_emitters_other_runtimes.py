@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import queue
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import TopicAlreadyExistsError
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
+from shared_topics import make_topics
 from spendfuse.client.keys import Signer, generate
 from spendfuse.wire import Command, Tokens, Usage, decode_usages, encode
 from spendfuse.wire.signing import SIGNATURE_HEADER
@@ -35,7 +33,6 @@ EMITTERS = Path(__file__).parents[2] / "deploy" / "emitters"
 PRIVATE, PUBLIC = generate("test")
 SIGNER = Signer.parse(PRIVATE)
 WORKSPACE = "test-emitters"
-PARTITIONS = 4
 
 
 @pytest.fixture(
@@ -46,18 +43,8 @@ PARTITIONS = 4
     ],
 )
 def bootstrap(request: pytest.FixtureRequest) -> str:
-    broker: Any = request.getfixturevalue(request.param)
-    servers: str = broker.bootstrap_servers
-
-    async def create() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=servers)
-        await admin.start()
-        for topic, partitions in ((USAGE, PARTITIONS), (COMMANDS, 1)):
-            with contextlib.suppress(TopicAlreadyExistsError):
-                await admin.create_topics([NewTopic(topic.name, partitions, 1)])
-        await admin.close()
-
-    asyncio.run(create())
+    servers: str = request.getfixturevalue(request.param).bootstrap_servers
+    make_topics(servers, USAGE, COMMANDS)
     return servers
 
 
@@ -106,10 +93,11 @@ def usages_of(bootstrap: str, agent: str, count: int) -> list[Usage]:
     key = f"{WORKSPACE}/t/{agent}".encode()
 
     async def read() -> list[Usage]:
-        consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, fetch_max_wait_ms=20, auto_offset_reset="earliest")
+        consumer = AIOKafkaConsumer(
+            USAGE.name, bootstrap_servers=bootstrap, fetch_max_wait_ms=20, auto_offset_reset="earliest"
+        )
         await consumer.start()
         try:
-            consumer.assign([TopicPartition(USAGE.name, nth) for nth in range(PARTITIONS)])
             found: list[Usage] = []
             give_up_at = time.monotonic() + DEADLINE_S
             while len(found) < count and time.monotonic() < give_up_at:
