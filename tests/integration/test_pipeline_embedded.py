@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import scenario
 from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
-from spendfuse.settings import BrokerSettings
+from workers import quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,20 +23,9 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[scenario.Depl
         broker = EmbeddedBroker(directory).start()
     except BrokerUnavailableError as error:
         pytest.skip(str(error))
-    with broker:
-        its = broker.capabilities
-        settings = BrokerSettings.from_env(
-            {},
-            bootstrap_servers=broker.bootstrap_servers,
-            fetch_max_wait_ms=its.fetch_max_wait_ms,
-            producer_max_batch_size=its.producer_max_batch_size,
-            session_timeout_ms=its.session_timeout_ms,
-            rebalance_timeout_ms=its.rebalance_timeout_ms,
-            heartbeat_interval_ms=its.heartbeat_interval_ms,
-        )
-        with scenario.deployment(settings, directory) as made:
-            made.only("worker-1")
-            yield made
+    with broker, scenario.deployment(quick_settings(broker), directory) as made:
+        made.only("worker-1")
+        yield made
 
 
 async def test_a_halt_arrives_signed_and_the_sums_are_exact(deployed: scenario.Deployment) -> None:

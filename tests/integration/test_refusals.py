@@ -12,7 +12,7 @@ from pipeline import scenario
 from spendfuse.client.connection import admin_options
 from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
 from spendfuse.pipeline.refusal import EXIT_REFUSED
-from spendfuse.settings import BrokerSettings
+from workers import quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,19 +32,9 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[scenario.Depl
         broker = EmbeddedBroker(directory).start()
     except BrokerUnavailableError as error:
         pytest.skip(str(error))
-    with broker:
-        settings = BrokerSettings.from_env(
-            {},
-            bootstrap_servers=broker.bootstrap_servers,
-            fetch_max_wait_ms=20,
-            producer_max_batch_size=1,
-            session_timeout_ms=2_000,
-            rebalance_timeout_ms=2_000,
-            heartbeat_interval_ms=400,
-        )
-        with scenario.deployment(settings, directory) as made:
-            made.only("worker")
-            yield made
+    with broker, scenario.deployment(quick_settings(broker), directory) as made:
+        made.only("worker")
+        yield made
 
 
 async def counted_and_stopped(deployed: scenario.Deployment) -> WorkerProcess:
