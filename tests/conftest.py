@@ -13,9 +13,29 @@ from kraft import KraftBroker, kraft_missing
 from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+MORE_THAN_CPUS = 1
 
 os.environ.setdefault("SPENDFUSE_GUARD_DIR", "off")  # a test's guard forgets with its test, unless it says otherwise
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes `-n auto` means: more than there are CPUs, as many tests wait for a broker."""
+    return (os.cpu_count() or 1) + MORE_THAN_CPUS
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which writes the groups into the names
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Keep a module's tests in one process, in order, for its fixtures; those of the shared Kafka are one module."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group("kraft" if _needs_shared_kafka(item) else item.path.stem))
+
+
+def _needs_shared_kafka(item: pytest.Item) -> bool:
+    parameters: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
+    return "kraft" in parameters.values() or "kraft" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
