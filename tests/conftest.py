@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MORE_THAN_CPUS = 1
+PROCESSES_MAX = 8
 
 os.environ.setdefault("SPENDFUSE_GUARD_DIR", "off")  # a test's guard forgets with its test, unless it says otherwise
 
 
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes `-n auto` means: more than there are CPUs, as many tests wait for a broker."""
-    return (os.cpu_count() or 1) + MORE_THAN_CPUS
+    return min((os.cpu_count() or 1) + MORE_THAN_CPUS, PROCESSES_MAX)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which writes the groups into the names
