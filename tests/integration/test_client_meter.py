@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer
 
-from shared_topics import make_topics
+from shared_topics import make_topics, usage_records
 from spendfuse.client import Meter
 from spendfuse.embedded.processes import free_port
 from spendfuse.embedded.tansu import EmbeddedBroker, broker_binary
@@ -49,28 +48,7 @@ def overrides(bootstrap: str, agent: str, **more: object) -> dict[str, Any]:
 
 
 def messages_of(bootstrap: str, agent: str, usages: int) -> list[Any]:
-    """Return the agent's records in `usage.v1`, read until they hold so many usages (or the deadline passes)."""
-    key = f"test-client-meter/t/{agent}".encode()
-
-    async def read() -> list[Any]:
-        consumer = AIOKafkaConsumer(
-            USAGE.name, bootstrap_servers=bootstrap, fetch_max_wait_ms=20, auto_offset_reset="earliest"
-        )
-        await consumer.start()
-        try:
-            found: list[Any] = []
-            give_up_at = time.monotonic() + DEADLINE_S
-            while time.monotonic() < give_up_at:
-                rounds = await consumer.getmany(timeout_ms=200)
-                found += [record for records in rounds.values() for record in records if record.key == key]
-                # One more empty round after the last expected one, so that a repetition would be seen.
-                if not rounds and sum(len(decode_usages(record.value)) for record in found) >= usages:
-                    break
-            return found
-        finally:
-            await consumer.stop()
-
-    return asyncio.run(read())
+    return usage_records(bootstrap, f"test-client-meter/t/{agent}", usages)
 
 
 def test_five_thousand_usages_arrive_once_each_in_order_and_packed(usage_topic: str) -> None:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline import scenario
-from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
-from workers import quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,13 +16,7 @@ pytestmark = pytest.mark.broker
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[scenario.Deployment]:
-    directory = tmp_path_factory.mktemp("pipeline-embedded")
-    try:
-        broker = EmbeddedBroker(directory).start()
-    except BrokerUnavailableError as error:
-        pytest.skip(str(error))
-    with broker, scenario.deployment(quick_settings(broker), directory) as made:
-        made.only("worker-1")
+    with scenario.embedded_deployment(tmp_path_factory.mktemp("pipeline-embedded"), "worker-1") as made:
         yield made
 
 

@@ -10,9 +10,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from pipeline import scenario
 from spendfuse.client.connection import admin_options
-from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
 from spendfuse.pipeline.refusal import EXIT_REFUSED
-from workers import quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,13 +25,7 @@ DEADLINE_S = 30.0
 
 @pytest.fixture
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[scenario.Deployment]:
-    directory = tmp_path_factory.mktemp("refusals")
-    try:
-        broker = EmbeddedBroker(directory).start()
-    except BrokerUnavailableError as error:
-        pytest.skip(str(error))
-    with broker, scenario.deployment(quick_settings(broker), directory) as made:
-        made.only("worker")
+    with scenario.embedded_deployment(tmp_path_factory.mktemp("refusals"), "worker") as made:
         yield made
 
 
