@@ -22,7 +22,7 @@ demo: $(STAMP) ## the weekend, stopped: broker, worker, ClickHouse and 23 agents
 	@$(VENV)/bin/spendfuse demo
 
 test: $(STAMP) check ## every test that this machine can run; a skip prints why
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --no-loadscope-reorder --durations=15
 
 check: $(STAMP) lint ## generated files are what their sources say
 	$(PY) schemas/generate.py --check

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,7 +15,30 @@ from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+MORE_THAN_CPUS = 1
+PROCESSES_MAX = 8
+
 os.environ.setdefault("SPENDFUSE_GUARD_DIR", "off")  # a test's guard forgets with its test, unless it says otherwise
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes `-n auto` means: more than there are CPUs, as many tests wait for a broker."""
+    return min((os.cpu_count() or 1) + MORE_THAN_CPUS, PROCESSES_MAX)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a module's tests in one process and in order, for its fixtures; those of the shared Kafka likewise."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    # Not pytest-xdist's own `--dist loadgroup`: its groups are lost on the way with pytest 9.2.
+    class OneModuleOneProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module, _, test = nodeid.partition("::")
+            return "kraft" if "kraft" in test.partition("[")[2] else module
+
+    return OneModuleOneProcess(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -56,14 +57,14 @@ def kraft_jars() -> Path:
     if jars.is_dir():
         return jars
     CACHE.mkdir(parents=True, exist_ok=True)
-    # Built aside and renamed whole: an interrupted download is never mistaken for a Kafka.
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix="building-") as building:
-        _resolve_jars(Path(building) / "jars")
-        try:
-            (Path(building) / "jars").rename(jars)
-        except OSError:
-            if not jars.is_dir():  # else another run of the tests was quicker
-                raise
+    with (CACHE / "lock").open("w") as lock:
+        # One Maven at a time, of all the processes that run tests; freed with the file, however its holder ends.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not jars.is_dir():
+            # Built aside and renamed whole: an interrupted download is never mistaken for a Kafka.
+            with tempfile.TemporaryDirectory(dir=CACHE, prefix="building-") as building:
+                _resolve_jars(Path(building) / "jars")
+                (Path(building) / "jars").rename(jars)
     return jars
 
 

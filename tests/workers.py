@@ -13,9 +13,13 @@ from spendfuse.settings import PREFIX, BrokerSettings
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from spendfuse.embedded.tansu import EmbeddedBroker
+
 ROOT = Path(__file__).parents[1]
 READY_DEADLINE_S = 60.0
 STOP_GRACE_S = 15.0
+SESSION_MS = 2_000
+"""The embedded broker lets the first member of a group wait half of it, and who follows a killed one all of it."""
 MODULE = "spendfuse.pipeline.worker"
 
 
@@ -62,6 +66,20 @@ class WorkerProcess(ChildProcess):
     def log(self) -> str:
         """All it has written, of this start and those before."""
         return self.log_path.read_text(errors="replace")
+
+
+def quick_settings(broker: EmbeddedBroker) -> BrokerSettings:
+    """Return what clients of an embedded broker need, with sessions so short that no test waits long for its group."""
+    able = broker.capabilities
+    return BrokerSettings.from_env(
+        {},
+        bootstrap_servers=broker.bootstrap_servers,
+        fetch_max_wait_ms=able.fetch_max_wait_ms,
+        producer_max_batch_size=able.producer_max_batch_size,
+        session_timeout_ms=SESSION_MS,
+        rebalance_timeout_ms=SESSION_MS,
+        heartbeat_interval_ms=SESSION_MS // 5,
+    )
 
 
 def broker_env(broker: BrokerSettings) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from audit_samples import COUNTERS, charge, command_entry, halt, message, totals
+from workers import quick_settings
 
 pytest.importorskip("chdb", reason="the embedded ClickHouse needs the chdb package")
 pytest.importorskip("clickhouse_connect")
@@ -51,18 +52,6 @@ pytestmark = pytest.mark.broker
 
 DEADLINE_S = 60.0
 KILLS = 3
-
-
-def settings_of(broker: EmbeddedBroker) -> BrokerSettings:
-    able = broker.capabilities
-    return BrokerSettings(
-        bootstrap_servers=broker.bootstrap_servers,
-        fetch_max_wait_ms=able.fetch_max_wait_ms,
-        producer_max_batch_size=able.producer_max_batch_size,
-        session_timeout_ms=able.session_timeout_ms,
-        rebalance_timeout_ms=able.rebalance_timeout_ms,
-        heartbeat_interval_ms=able.heartbeat_interval_ms,
-    )
 
 
 async def create(broker: BrokerSettings, ledger: str, *single: str) -> None:
@@ -171,7 +160,7 @@ class Topics:
 
 @pytest.fixture
 async def topics(tansu: EmbeddedBroker, request: pytest.FixtureRequest) -> Topics:
-    found = Topics(settings_of(tansu), f"audit-{abs(hash(request.node.name))}")
+    found = Topics(quick_settings(tansu), f"audit-{abs(hash(request.node.name))}")
     await create(found.broker, found.ledger, found.batches)
     return found
 
@@ -422,7 +411,7 @@ async def test_killed_at_any_moment_the_audit_process_ends_up_with_exact_sums(tm
     dice = random.Random(7)  # noqa: S311 - the same dice in every run
     everything, values = replayed(3_000, seed=4)
     with EmbeddedBroker(tmp_path / "broker") as broker:
-        settings = settings_of(broker)
+        settings = quick_settings(broker)
         await create(settings, LEDGER.name, BATCHES.name, CHECKPOINTS.name)
         sending = asyncio.create_task(send(settings, LEDGER.name, values))
         for kill in range(KILLS):

@@ -115,6 +115,27 @@ async def test_a_record_that_cannot_be_used_does_not_hide_those_behind_it(bootst
         assert (numbers, one.faults) == ([1, 3], 1)
 
 
+async def test_who_is_cancelled_while_a_follower_stops_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = asyncio.Event()
+
+    async def slow_to_close(self: Follower) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            closing.set()
+            await asyncio.sleep(DEADLINE_S)
+
+    monkeypatch.setattr(Follower, "_follow_until_it_fails", slow_to_close)
+    follower = Follower(settings(f"127.0.0.1:{free_port()}"), "test-follow-slow", print)
+    follower.start()
+    await asyncio.sleep(0)  # it runs
+    stopping = asyncio.create_task(follower.stop())
+    await asyncio.wait_for(closing.wait(), DEADLINE_S)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+
+
 @pytest.mark.parametrize("after", [1, 2, 5])
 async def test_a_topic_made_anew_is_read_from_its_beginning_however_long_it_is_by_now(
     tmp_path: Path, after: int

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import TopicAlreadyExistsError
 
+from shared_topics import make_topics
 from spendfuse.client import Guard, GuardState, Halted, NoRoom, Tokens
 from spendfuse.client.keys import Signer, generate
 from spendfuse.embedded.processes import free_port
@@ -44,15 +43,7 @@ class Control:
         self.bootstrap = bootstrap
 
     def create_topics(self) -> None:
-        async def create() -> None:
-            admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
-            await admin.start()
-            for topic in (COMMANDS, HEARTBEATS, ACKS, REMAINING, USAGE):
-                with contextlib.suppress(TopicAlreadyExistsError):
-                    await admin.create_topics([NewTopic(topic.name, 1, 1)])
-            await admin.close()
-
-        asyncio.run(create())
+        make_topics(self.bootstrap, COMMANDS, HEARTBEATS, ACKS, REMAINING, USAGE)
 
     def send(self, topic: str, key: bytes, value: bytes | None, headers: list[tuple[str, bytes]] | None = None) -> None:
         async def produce() -> None:

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import TopicAlreadyExistsError
 
+from shared_topics import make_topics, usage_records
 from spendfuse.client import Meter
 from spendfuse.embedded.processes import free_port
 from spendfuse.embedded.tansu import EmbeddedBroker, broker_binary
@@ -24,7 +22,6 @@ from spendfuse.wire import decode_usages
 from spendfuse.wire.topics import USAGE
 
 DEADLINE_S = 30.0
-PARTITIONS = 4
 STREAMS = Path(__file__).parents[2] / "streams"
 
 
@@ -34,19 +31,8 @@ STREAMS = Path(__file__).parents[2] / "streams"
 )
 def usage_topic(request: pytest.FixtureRequest) -> str:
     bootstrap: str = request.getfixturevalue(request.param).bootstrap_servers
-    create_topic(bootstrap)
+    make_topics(bootstrap, USAGE)
     return bootstrap
-
-
-def create_topic(bootstrap: str) -> None:
-    async def create() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-        await admin.start()
-        with contextlib.suppress(TopicAlreadyExistsError):
-            await admin.create_topics([NewTopic(USAGE.name, PARTITIONS, 1)])
-        await admin.close()
-
-    asyncio.run(create())
 
 
 def overrides(bootstrap: str, agent: str, **more: object) -> dict[str, Any]:
@@ -62,29 +48,7 @@ def overrides(bootstrap: str, agent: str, **more: object) -> dict[str, Any]:
 
 
 def messages_of(bootstrap: str, agent: str, usages: int) -> list[Any]:
-    """Return the agent's records in `usage.v1`, read until they hold so many usages (or the deadline passes)."""
-    key = f"test-client-meter/t/{agent}".encode()
-
-    async def read() -> list[Any]:
-        consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, fetch_max_wait_ms=20, auto_offset_reset="earliest")
-        await consumer.start()
-        try:
-            partitions = [TopicPartition(USAGE.name, nth) for nth in range(PARTITIONS)]
-            consumer.assign(partitions)
-            await consumer.seek_to_beginning(*partitions)
-            found: list[Any] = []
-            give_up_at = time.monotonic() + DEADLINE_S
-            while time.monotonic() < give_up_at:
-                rounds = await consumer.getmany(timeout_ms=200)
-                found += [record for records in rounds.values() for record in records if record.key == key]
-                # One more empty round after the last expected one, so that a repetition would be seen.
-                if not rounds and sum(len(decode_usages(record.value)) for record in found) >= usages:
-                    break
-            return found
-        finally:
-            await consumer.stop()
-
-    return asyncio.run(read())
+    return usage_records(bootstrap, f"test-client-meter/t/{agent}", usages)
 
 
 def test_five_thousand_usages_arrive_once_each_in_order_and_packed(usage_topic: str) -> None:
@@ -163,7 +127,7 @@ def test_what_was_emitted_while_the_broker_was_away_arrives_when_it_is_back(tmp_
     broker._start_at(port, broker_binary(tmp_path))
     with contextlib.ExitStack() as stack:
         stack.callback(broker.stop)
-        create_topic(broker.bootstrap_servers)
+        make_topics(broker.bootstrap_servers, USAGE)
         assert meter.flush(DEADLINE_S)
         meter.close()
         records = messages_of(broker.bootstrap_servers, "later", 100)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import queue
@@ -12,16 +11,14 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import TopicAlreadyExistsError
+from aiokafka import AIOKafkaProducer
 
+from shared_topics import make_topics, usage_records
 from spendfuse.client.keys import Signer, generate
 from spendfuse.wire import Command, Tokens, Usage, decode_usages, encode
 from spendfuse.wire.signing import SIGNATURE_HEADER
@@ -35,7 +32,6 @@ EMITTERS = Path(__file__).parents[2] / "deploy" / "emitters"
 PRIVATE, PUBLIC = generate("test")
 SIGNER = Signer.parse(PRIVATE)
 WORKSPACE = "test-emitters"
-PARTITIONS = 4
 
 
 @pytest.fixture(
@@ -46,18 +42,8 @@ PARTITIONS = 4
     ],
 )
 def bootstrap(request: pytest.FixtureRequest) -> str:
-    broker: Any = request.getfixturevalue(request.param)
-    servers: str = broker.bootstrap_servers
-
-    async def create() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=servers)
-        await admin.start()
-        for topic, partitions in ((USAGE, PARTITIONS), (COMMANDS, 1)):
-            with contextlib.suppress(TopicAlreadyExistsError):
-                await admin.create_topics([NewTopic(topic.name, partitions, 1)])
-        await admin.close()
-
-    asyncio.run(create())
+    servers: str = request.getfixturevalue(request.param).bootstrap_servers
+    make_topics(servers, USAGE, COMMANDS)
     return servers
 
 
@@ -102,24 +88,8 @@ def environment(bootstrap: str, agent: str, **more: str) -> dict[str, str]:
 
 
 def usages_of(bootstrap: str, agent: str, count: int) -> list[Usage]:
-    """Return the usages under the agent's key, read until there are so many, or the deadline passes."""
-    key = f"{WORKSPACE}/t/{agent}".encode()
-
-    async def read() -> list[Usage]:
-        consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, fetch_max_wait_ms=20, auto_offset_reset="earliest")
-        await consumer.start()
-        try:
-            consumer.assign([TopicPartition(USAGE.name, nth) for nth in range(PARTITIONS)])
-            found: list[Usage] = []
-            give_up_at = time.monotonic() + DEADLINE_S
-            while len(found) < count and time.monotonic() < give_up_at:
-                for records in (await consumer.getmany(timeout_ms=200)).values():
-                    found += [u for record in records if record.key == key for u in decode_usages(record.value)]
-            return found
-        finally:
-            await consumer.stop()
-
-    return asyncio.run(read())
+    records = usage_records(bootstrap, f"{WORKSPACE}/t/{agent}", count)
+    return [usage for record in records for usage in decode_usages(record.value)]
 
 
 def send_commands(bootstrap: str, *commands: tuple[Command, Signer]) -> None:

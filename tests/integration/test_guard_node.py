@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -17,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import TopicAlreadyExistsError
 
+from shared_topics import make_topics
 from spendfuse.client.keys import Signer, generate
 from spendfuse.wire import Ack, Command, encode
 from spendfuse.wire.control import Cause
@@ -42,15 +40,7 @@ SCOPE = "agent:test-guard-node/t/obeys"
 
 @pytest.fixture(scope="module")
 def bootstrap(tansu: EmbeddedBroker) -> str:
-    async def create() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=tansu.bootstrap_servers)
-        await admin.start()
-        for topic in (COMMANDS, HEARTBEATS, ACKS):
-            with contextlib.suppress(TopicAlreadyExistsError):
-                await admin.create_topics([NewTopic(topic.name, 1, 1)])
-        await admin.close()
-
-    asyncio.run(create())
+    make_topics(tansu.bootstrap_servers, COMMANDS, HEARTBEATS, ACKS)
     return tansu.bootstrap_servers
 
 

@@ -50,7 +50,8 @@ def worker(broker: BrokerSettings, keys: Path, directory: Path) -> ChildProcess:
     env = {name: value for name, value in os.environ.items() if not name.startswith("SPENDFUSE_")} | {
         "SPENDFUSE_BOOTSTRAP_SERVERS": broker.bootstrap_servers, "SPENDFUSE_FETCH_MAX_WAIT_MS": "20",
         "SPENDFUSE_PRODUCER_MAX_BATCH_SIZE": "1", "SPENDFUSE_PARTITIONS": "1",
-        "SPENDFUSE_SESSION_TIMEOUT_MS": "6000", "SPENDFUSE_REBALANCE_TIMEOUT_MS": "6000",
+        "SPENDFUSE_SESSION_TIMEOUT_MS": "2000", "SPENDFUSE_REBALANCE_TIMEOUT_MS": "2000",
+        "SPENDFUSE_HEARTBEAT_INTERVAL_MS": "400",
         "SPENDFUSE_SIGNING_KEY_FILE": str(keys / "signing.key"), "SPENDFUSE_PUBLIC_KEYS_FILE": str(keys / "public.key"),
         "SPENDFUSE_READY_FILE": str(directory / "ready"), "SPENDFUSE_DATA_DIR": str(directory / "data"),
     }  # fmt: skip

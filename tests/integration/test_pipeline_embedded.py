@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline import scenario
-from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
-from spendfuse.settings import BrokerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,25 +16,8 @@ pytestmark = pytest.mark.broker
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[scenario.Deployment]:
-    directory = tmp_path_factory.mktemp("pipeline-embedded")
-    try:
-        broker = EmbeddedBroker(directory).start()
-    except BrokerUnavailableError as error:
-        pytest.skip(str(error))
-    with broker:
-        its = broker.capabilities
-        settings = BrokerSettings.from_env(
-            {},
-            bootstrap_servers=broker.bootstrap_servers,
-            fetch_max_wait_ms=its.fetch_max_wait_ms,
-            producer_max_batch_size=its.producer_max_batch_size,
-            session_timeout_ms=its.session_timeout_ms,
-            rebalance_timeout_ms=its.rebalance_timeout_ms,
-            heartbeat_interval_ms=its.heartbeat_interval_ms,
-        )
-        with scenario.deployment(settings, directory) as made:
-            made.only("worker-1")
-            yield made
+    with scenario.embedded_deployment(tmp_path_factory.mktemp("pipeline-embedded"), "worker-1") as made:
+        yield made
 
 
 async def test_a_halt_arrives_signed_and_the_sums_are_exact(deployed: scenario.Deployment) -> None:

@@ -10,9 +10,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from pipeline import scenario
 from spendfuse.client.connection import admin_options
-from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
 from spendfuse.pipeline.refusal import EXIT_REFUSED
-from spendfuse.settings import BrokerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,24 +25,8 @@ DEADLINE_S = 30.0
 
 @pytest.fixture
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[scenario.Deployment]:
-    directory = tmp_path_factory.mktemp("refusals")
-    try:
-        broker = EmbeddedBroker(directory).start()
-    except BrokerUnavailableError as error:
-        pytest.skip(str(error))
-    with broker:
-        settings = BrokerSettings.from_env(
-            {},
-            bootstrap_servers=broker.bootstrap_servers,
-            fetch_max_wait_ms=20,
-            producer_max_batch_size=1,
-            session_timeout_ms=2_000,
-            rebalance_timeout_ms=2_000,
-            heartbeat_interval_ms=400,
-        )
-        with scenario.deployment(settings, directory) as made:
-            made.only("worker")
-            yield made
+    with scenario.embedded_deployment(tmp_path_factory.mktemp("refusals"), "worker") as made:
+        yield made
 
 
 async def counted_and_stopped(deployed: scenario.Deployment) -> WorkerProcess:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import cramjam
+import pytest
 from aiokafka import AIOKafkaProducer
 
 import raw_batches
@@ -22,13 +23,14 @@ from spendfuse.client.batches import UNPACKED_BYTES_MAX
 from spendfuse.client.connection import producer_options
 from spendfuse.client.follow import Follower, Record
 from spendfuse.client.keys import Verifier, generate
+from spendfuse.embedded.tansu import BrokerUnavailableError, EmbeddedBroker
 from spendfuse.pipeline.codec import decode_scope, decode_shared
 from spendfuse.pipeline.topics import ensure_topics
 from spendfuse.settings import BrokerSettings, GuardSettings, IdentitySettings, MeterSettings
 from spendfuse.wire import Budget, Command, Heartbeat, LedgerBatch, LedgerEntry, Tokens, Usage, UsagePack, encode
 from spendfuse.wire.base import from_us
 from spendfuse.wire.topics import ACKS, ALERTS, COMMANDS, DEAD_LETTERS, HEARTBEATS, LEDGER, PACKED, TOPICS, USAGE
-from workers import WorkerProcess
+from workers import WorkerProcess, quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -89,6 +91,18 @@ def deployment(broker: BrokerSettings, directory: Path) -> Iterator[Deployment]:
         yield made
     finally:
         made.stop()
+
+
+@contextmanager
+def embedded_deployment(directory: Path, *workers: str) -> Iterator[Deployment]:
+    """Run workers on an embedded broker of their own; the test is skipped where there is none."""
+    try:
+        broker = EmbeddedBroker(directory).start()
+    except BrokerUnavailableError as error:
+        pytest.skip(str(error))
+    with broker, deployment(quick_settings(broker), directory) as made:
+        made.only(*workers)
+        yield made
 
 
 @dataclass

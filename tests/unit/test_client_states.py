@@ -64,6 +64,7 @@ def guard(time: Time) -> Iterator[Callable[..., Guard]]:
     yield make
     for each in made:
         each._acks.close(0)  # nobody is there to take them
+        each.meter.close(0)
         each.close()
 
 

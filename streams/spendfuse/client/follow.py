@@ -112,8 +112,8 @@ class Follower:
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            # Not `await task` with its cancellation suppressed: whoever cancels us meanwhile would not be heard.
+            await asyncio.wait({task})
 
     async def run(self) -> None:
         """Follow until cancelled."""

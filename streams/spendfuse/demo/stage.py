@@ -34,6 +34,13 @@ FAR_US: Final = 4_000_000_000_000_000
 """An instant after every demo, the end of `until`."""
 
 
+def end_if_interrupted() -> None:
+    """Raise asyncio.CancelledError if Ctrl-C was pressed: aiokafka swallows a cancellation that meets it closing."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 class Total(NamedTuple):
     """What the trail says one agent used and cost; tokens in the order of the counters."""
 

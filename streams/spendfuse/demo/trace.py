@@ -20,7 +20,16 @@ from spendfuse.adapters.table_mapping import Mapping
 from spendfuse.client.clock import ScaledClock
 from spendfuse.client.meter import Meter
 from spendfuse.demo.live import LiveView
-from spendfuse.demo.stage import DEMO_ENV, DemoError, Total, Trail, apply_budgets, scaled_clock, whole
+from spendfuse.demo.stage import (
+    DEMO_ENV,
+    DemoError,
+    Total,
+    Trail,
+    apply_budgets,
+    end_if_interrupted,
+    scaled_clock,
+    whole,
+)
 from spendfuse.embedded.stack import EmbeddedStack
 from spendfuse.engine.prices import PriceBook
 from spendfuse.engine.sentences import money
@@ -173,6 +182,7 @@ async def _replay(
     async with LiveView(console, stack, clock, found.first_us, span_us, show=show) as view:
         replay = asyncio.create_task(asyncio.to_thread(_emit_all, stack, path, mapping, found, clock))
         while not replay.done():
+            end_if_interrupted()
             if (failed := stack.failed()) is not None:
                 raise DemoError(f"{failed} ended; its log is in {stack.run_directory}")
             view.refresh(0)

@@ -21,7 +21,7 @@ from spendfuse.demo.agent import AgentReport, run_agent
 from spendfuse.demo.live import LiveView
 from spendfuse.demo.plan import MODEL, PROVIDER, RATES, WEEKEND_NANOS, WEEKEND_US, WORKSPACE, AgentPlan, weekend
 from spendfuse.demo.report import WeekendReport, print_report, read_report
-from spendfuse.demo.stage import DEMO_ENV, DemoError, Total, Trail, apply_budgets, scaled_clock
+from spendfuse.demo.stage import DEMO_ENV, DemoError, Total, Trail, apply_budgets, end_if_interrupted, scaled_clock
 from spendfuse.embedded.stack import EmbeddedStack
 from spendfuse.engine.prices import PriceBook
 from spendfuse.engine.sentences import money
@@ -178,6 +178,7 @@ async def _live_weekend(
     end_us = start_us + WEEKEND_US + int(END_TIMEOUT_S * clock.factor * 1_000_000)
     async with LiveView(console, stack, clock, start_us, WEEKEND_US, show=show) as view:
         while not agents.collect():
+            end_if_interrupted()
             if (failed := stack.failed()) is not None:
                 raise DemoError(f"{failed} ended; its log is in {stack.run_directory}")
             if clock() > end_us:

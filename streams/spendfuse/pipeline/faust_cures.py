@@ -7,13 +7,19 @@
    fetch, every event waits up to that long.
 
 Faust's consumer is aiokafka's, so it is also given what ours have: no record batch can stop it.
+
+And one of aiokafka 0.14: a subscription that changes while the group's coordinator is looked up, as Faust changes it
+when a worker starts, fails an assertion in the task that keeps the group, and so ends the worker. The cure lets that
+task begin its loop again, where it looks at the subscription anew.
 """
 
 import hashlib
 import inspect
+import logging
 from typing import Any, Final
 
 import aiokafka
+from aiokafka.consumer.group_coordinator import GroupCoordinator
 from faust.tables.recovery import Recovery
 
 from spendfuse.client.connection import read_anything
@@ -21,7 +27,12 @@ from spendfuse.client.connection import read_anything
 RECOVERY_SHA256: Final = "6ef567acf072e46da3fccbccc6d662371f634f622c3d510972d5df81f70ae3ac"
 """Of the source of `Recovery.on_recovery_completed` that the first cure was proved on."""
 FAUST_FETCH_MAX_WAIT_MS: Final = 1_500
+CHANGES_MAX: Final = 10
+"""How often one consumer's group may meet a changed subscription; Faust subscribes a few times in a worker's life."""
 
+_log = logging.getLogger(__name__)
+_COORDINATION: Final = "_GroupCoordinator__coordination_routine"
+_original_coordination = getattr(GroupCoordinator, _COORDINATION)
 _original_recovery_completed = Recovery.on_recovery_completed
 _original_consumer_init = aiokafka.AIOKafkaConsumer.__init__
 
@@ -40,8 +51,21 @@ async def _recovery_completed(self: Any, generation_id: int = 0) -> None:
     await _original_recovery_completed(self, generation_id)
 
 
+async def _coordination(self: Any) -> None:
+    for changes in range(CHANGES_MAX + 1):
+        try:
+            await _original_coordination(self)
+        except AssertionError:
+            # Nothing was done on it: the assertions stand between a look at the subscription and the first action.
+            if changes == CHANGES_MAX:
+                raise
+            _log.warning("the subscription of group %s changed in a rebalance; joining again", self.group_id)
+        else:
+            return
+
+
 def install(fetch_max_wait_ms: int) -> None:
-    """Install both cures; calling it again only changes the fetch wait.
+    """Install the cures; calling it again only changes the fetch wait.
 
     Raises `CureMismatchError` when Faust is not the version they were proved on.
     """
@@ -59,9 +83,11 @@ def install(fetch_max_wait_ms: int) -> None:
 
     Recovery.on_recovery_completed = _recovery_completed  # type: ignore[method-assign]  # the cure itself
     aiokafka.AIOKafkaConsumer.__init__ = consumer_init
+    setattr(GroupCoordinator, _COORDINATION, _coordination)
 
 
 def uninstall() -> None:
-    """Take both cures out, as a test that must fail without them does."""
+    """Take the cures out, as a test that must fail without them does."""
     Recovery.on_recovery_completed = _original_recovery_completed  # type: ignore[method-assign]  # the same
     aiokafka.AIOKafkaConsumer.__init__ = _original_consumer_init
+    setattr(GroupCoordinator, _COORDINATION, _original_coordination)
