@@ -48,8 +48,8 @@ bench: $(STAMP) ## what the worker takes, and halt lag on a real Kafka (needs Ja
 	$(PY) tests/bench/throughput.py
 	$(PY) tests/bench/halt_lag.py
 
-bench-audit: $(STAMP) ## what the audit's database takes and answers, over 10 million rows (ROWS=50000000 for more)
-	$(PY) tests/bench/audit.py --rows $(or $(ROWS),10000000)
+bench-audit: $(STAMP) ## what the audit's database takes and answers, over 10 million rows (ROWS=50000000 KEEP=dir)
+	$(PY) tests/bench/audit.py --rows $(or $(ROWS),10000000) $(if $(KEEP),--keep $(KEEP))
 
 bench-halt: $(STAMP) ## halt lag over 1,000 trips beside 1,000 usages/s, by hop (a real Kafka: needs Java and Maven)
 	$(PY) tests/bench/halt_lag.py --trips 1000 --rate 1000

@@ -1,17 +1,21 @@
 """What the audit's database does on this machine: writing, verifying, and every report and panel over many rows.
 
-    python tests/bench/audit.py [--rows 10000000] [--stored 100000] [--times 20] [--json]
+    python tests/bench/audit.py [--rows 10000000] [--keep DIR] [--stored 200000] [--times 20] [--backlog 360000]
 
-Embedded ClickHouse in a directory that is deleted afterwards. First ledger messages go the whole way of the writer
-(read, sealed, inserted with all rollups) and are verified; then rows are made by SQL, and each question is asked over
-HTTP by the ordinary client, as `spendfuse report` and Grafana do. p95 is the nearest rank over `--times` answers.
+Embedded ClickHouse in a directory that is deleted afterwards, or kept with `--keep` and then not filled again. First
+ledger messages go the whole way of the writer (read, sealed, inserted with all rollups) and are verified; then rows are
+made by SQL, and each question is asked over HTTP by the ordinary client, as `spendfuse report` and Grafana do. p95 is
+the nearest rank over `--times` answers; CPU is that of engine and client together, for one answer. Last, the audit
+process itself is started over a ledger that has waited (an hour of 100 usages/s) in the embedded broker.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -20,15 +24,25 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import psutil
+from aiokafka import AIOKafkaProducer
+
 from spendfuse.audit import migrate, queries, trail
+from spendfuse.audit.address import AuditNotRunningError
 from spendfuse.audit.batches import Collector, Message
 from spendfuse.audit.database import INSERT_SETTINGS, Database, Engine, open_embedded
 from spendfuse.audit.endpoint import Endpoint
-from spendfuse.audit.reports import Period, read, read_chargeback, read_run
+from spendfuse.audit.reports import Period, read, read_chargeback, read_duplicates, read_run
+from spendfuse.client.connection import producer_options
+from spendfuse.embedded.processes import ChildProcess
+from spendfuse.embedded.stack import EmbeddedStack
+from spendfuse.embedded.tansu import BrokerUnavailableError
 from spendfuse.grafana import ALL, expand, panels
+from spendfuse.settings import AuditSettings
 from spendfuse.wire.base import encode, to_us
 from spendfuse.wire.control import Ack, Cause, Command, CommandWindow, Measure
 from spendfuse.wire.ledger import Charge, LedgerBatch, LedgerEntry
+from spendfuse.wire.topics import LEDGER
 from spendfuse.wire.usage import Tokens, Usage
 
 if TYPE_CHECKING:
@@ -42,9 +56,11 @@ PER_MESSAGE: Final = 100
 AGENTS: Final = 1_000
 TURNS: Final = 400
 ACTIVE: Final = 200
-MERGES_S_MAX: Final = 300.0
+MERGES_S_MAX: Final = 900.0
+CATCH_UP_S_MAX: Final = 900.0
+LOOK_S: Final = 0.1
 MONTH: Final = Period.month("2026-10")
-RUN: Final = "run-1017"
+RUN: Final = "run-117"
 HALTS: Final = 300
 
 SETTINGS: Final = ", ".join(f"{name} = {value}" for name, value in INSERT_SETTINGS.items())
@@ -194,6 +210,11 @@ def questions() -> dict[str, Callable[[Any], Any]]:
     }
     asked["report agent"] = lambda client: read(client, "agent", MONTH, "acme", team="")
     asked["report chargeback"] = lambda client: read_chargeback(client, MONTH, "acme")
+    asked["report duplicates"] = lambda client: read_duplicates(client, MONTH, "acme")
+    asked["incidents"] = lambda client: client.query(
+        queries.load("incidents"),
+        parameters={"workspace": "acme", "id": "", "since": END - timedelta(days=30), "until": END, "limit": 20},
+    )
     asked["report run"] = lambda client: read_run(client, RUN, "acme")
     choice = {"workspace": "acme", "team": ALL, "agent": [ALL]}
     for panel in panels():
@@ -204,18 +225,22 @@ def questions() -> dict[str, Callable[[Any], Any]]:
 
 
 def measured(client: Any, times: int) -> dict[str, dict[str, float]]:
-    """Return p50 and p95 of each question, in milliseconds; the first answer of each is not counted."""
+    """Return p50, p95 and CPU of each question, in milliseconds; the first answer of each is not counted."""
     found = {}
     for name, ask in questions().items():
         say(name)
         ask(client)
         took = []
+        used = time.process_time()
         for _ in range(times):
             began = time.perf_counter()
             ask(client)
             took.append((time.perf_counter() - began) * 1_000)
+        cpu_ms = (time.process_time() - used) * 1_000 / times
         took.sort()
-        found[name] = {"p50_ms": took[(len(took) - 1) // 2], "p95_ms": took[-(-len(took) * 95 // 100) - 1]}
+        found[name] = {
+            "p50_ms": took[(len(took) - 1) // 2], "p95_ms": took[-(-len(took) * 95 // 100) - 1], "cpu_ms": cpu_ms,
+        }  # fmt: skip
     return found
 
 
@@ -235,15 +260,23 @@ async def asked(engine: Engine, times: int) -> dict[str, dict[str, float]]:
 
 
 def run(directory: Path, rows: int, count: int, times: int) -> dict[str, Any]:
-    """Return every figure."""
+    """Return every figure of one database; one that is kept and full is asked as it is."""
     engine = Engine(directory, "spendfuse")
     database = open_embedded(engine)
     try:
         migrate.apply(database)
         database.command("USE spendfuse")
-        found: dict[str, Any] = {"rows": rows, "stored": stored(database, count)}
+        ((there,),) = database.query("SELECT count() FROM spendfuse.usage_events WHERE workspace = 'acme'")
+        found: dict[str, Any] = {"rows": rows}
+        if not there:
+            found["stored"] = stored(database, count)
         found["verify_rows_per_s"] = verified(database)
-        found["fill_rows_per_s"] = fill(database, rows)
+        if not there:
+            found["fill_rows_per_s"] = fill(database, rows)
+        elif int(there) != rows:
+            raise SystemExit(
+                f"{directory} holds {there:,} rows and {rows:,} are wanted: give another --keep, or --rows"
+            )
         found["tables"] = sizes(database)
         found["questions"] = asyncio.run(asked(engine, times))
     finally:
@@ -254,31 +287,97 @@ def run(directory: Path, rows: int, count: int, times: int) -> dict[str, Any]:
     return found
 
 
+async def wait_in_ledger(stack: EmbeddedStack, count: int) -> None:
+    """Write so many charges to the ledger, as a meter does."""
+    async with AIOKafkaProducer(**producer_options(stack.broker, "bench")) as producer:
+        pending: list[LedgerEntry] = []
+        for nth, entry in enumerate(charges(count), 1):
+            pending.append(entry)
+            if len(pending) == PER_MESSAGE or nth == count:
+                await producer.send(LEDGER.name, encode(LedgerBatch(entries=pending)), partition=0)
+                pending = []
+                if nth % 20_000 == 0:
+                    say(f"{nth:,} of {count:,} rows wait in the ledger")
+        await producer.flush()
+
+
+def caught_up(directory: Path, count: int) -> dict[str, float]:
+    """Return how fast the audit process takes what has waited, and its memory; raises BrokerUnavailableError."""
+    with EmbeddedStack(directory / "stack", partitions=1, workers=0, audit=False) as stack:
+        asyncio.run(wait_in_ledger(stack, count))
+        home, ready = directory / "catch-up", directory / "ready"
+        own = {name: value for name, value in os.environ.items() if not name.startswith("SPENDFUSE_")}
+        process = ChildProcess(
+            "audit", [sys.executable, "-m", "spendfuse.audit"], log_path=directory / "audit.log",
+            env={**own, **stack.env, "SPENDFUSE_CHDB_DIR": str(home), "SPENDFUSE_HTTP_PORT": "0",
+                 "SPENDFUSE_READY_FILE": str(ready)},
+        )  # fmt: skip
+        with process:
+            process.wait_until(ready.exists, CATCH_UP_S_MAX)
+            memory, written, began = 0, 0, time.perf_counter()
+            its, at_home = psutil.Process(process.pid), AuditSettings(chdb_dir=str(home))
+            while written < count and time.perf_counter() - began < CATCH_UP_S_MAX:
+                with contextlib.suppress(AuditNotRunningError), queries.connect(at_home) as asking:
+                    written = int(asking.command("SELECT sum(rows) FROM audit_batches"))
+                memory = max(memory, its.memory_info().rss)
+                say(f"caught up on {written:,} of {count:,} rows")
+                time.sleep(LOOK_S)
+            took = time.perf_counter() - began
+            used = its.cpu_times()
+    if written < count:
+        raise SystemExit(f"only {written:,} of {count:,} rows were caught up on in {took:,.0f} s")
+    return {
+        "rows": count, "seconds": took, "rows_per_s": count / took, "memory_peak_mib": memory / 1_048_576,
+        "cpu_us_per_row": (used.user + used.system) * 1_000_000 / count,
+    }  # fmt: skip
+
+
 def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--stored", type=int, default=100_000)
+    parser.add_argument("--stored", type=int, default=200_000)
     parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--backlog", type=int, default=360_000)
+    parser.add_argument("--keep", type=Path, metavar="DIR")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="spendfuse-bench-") as directory:
-        found = run(Path(directory), given.rows, given.stored, given.times)
+        found = run(given.keep or Path(directory) / "filled", given.rows, given.stored, given.times)
+        if given.backlog:
+            try:
+                found["catch_up"] = caught_up(Path(directory), given.backlog)
+            except BrokerUnavailableError as error:
+                found["catch_up_skipped"] = str(error)
     say("")
     if given.json:
         print(json.dumps(found, indent=1))
-        return
-    way = found["stored"]
-    print(f"written as the audit writes, {way['rows']:,} rows: {way['rows_per_s']:,.0f} rows/s")
-    print(f"  the inserts alone, with rollups: {way['insert_rows_per_s']:,.0f} rows/s")
+    else:
+        report(found)
+
+
+def report(found: dict[str, Any]) -> None:
+    """Print every figure."""
+    if way := found.get("stored"):
+        print(f"written as the audit writes, {way['rows']:,} rows: {way['rows_per_s']:,.0f} rows/s")
+        print(f"  the inserts alone, with rollups: {way['insert_rows_per_s']:,.0f} rows/s")
     print(f"verified: {found['verify_rows_per_s']:,.0f} rows/s")
-    print(f"filled by SQL, with rollups, {found['rows']:,} rows: {found['fill_rows_per_s']:,.0f} rows/s")
+    if "fill_rows_per_s" in found:
+        print(f"filled by SQL, with rollups, {found['rows']:,} rows: {found['fill_rows_per_s']:,.0f} rows/s")
     for table, (rows, size) in found["tables"].items():
         print(f"  {table:20} {rows:>12,} rows {size:8.1f} bytes/row")
-    print(f"{'question':42} {'p50 ms':>8} {'p95 ms':>8}")
+    print(f"{'question':42} {'p50 ms':>8} {'p95 ms':>8} {'CPU ms':>8}")
     for name, took in found["questions"].items():
-        print(f"{name:42} {took['p50_ms']:8.1f} {took['p95_ms']:8.1f}")
+        print(f"{name:42} {took['p50_ms']:8.1f} {took['p95_ms']:8.1f} {took['cpu_ms']:8.1f}")
     print(f"memory at its peak, engine and client in one process: {found['memory_peak_mib']:,} MiB")
+    if way := found.get("catch_up"):
+        print(
+            f"caught up after an outage, {way['rows']:,} rows that waited in Kafka: {way['seconds']:,.1f} s, "
+            f"{way['rows_per_s']:,.0f} rows/s, {way['cpu_us_per_row']:,.0f} us of CPU a row"
+        )
+        print(f"  the audit process meanwhile, at its peak: {way['memory_peak_mib']:,.0f} MiB")
+    elif why := found.get("catch_up_skipped"):
+        print(f"not measured, catching up after an outage: {why}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 MARCH = Period.month("2025-03")
 CENTRES = ("eng-1", "=HYPERLINK(A1)", "")
 
+AGAIN = {3: 1, 40: 2, 41: 1}
+"""Calls that come again, so many times: from another partition, after they were forgotten."""
+
 
 def entries() -> list[LedgerEntry]:
     """Two weeks over a month's end, two currencies and workspaces, cost centres of any kind, and duplicates."""
@@ -71,6 +74,24 @@ def entries() -> list[LedgerEntry]:
         command_entry(halt(4, scope="run:acme/run-1", action="warn", cause=None), 3, "decision"),
         ack_entry(obeyed, 0, "received", at),
         ack_entry(obeyed, 1, "enforced", at + timedelta(seconds=2), run="run-1"),
+        *called_again(),
+    ]
+
+
+def called_again() -> list[LedgerEntry]:
+    """Calls that were charged again, beside duplicates that were caught and the same ids of another agent."""
+    own: dict[str, Any] = {"workspace": "again", "run": "run-again", "root_run": "run-again"}
+    first = [charge(nth, partition=7, id=f"call-{nth}", **own) for nth in range(80)]
+    again = [
+        charge(nth, partition=8 + turn, id=f"call-{nth}", **own)
+        for nth, times in AGAIN.items()
+        for turn in range(times)
+    ]
+    return [
+        *first,
+        *again,
+        charge(7, partition=12, id="call-7", **own, agent="agent-of-the-same-id"),
+        charge(9, partition=12, id="call-9", **own, kind="duplicate"),
     ]
 
 
@@ -306,6 +327,31 @@ async def test_the_command_line_shows_every_report_as_table_json_and_csv(
 
 def said_total(said: dict[str, Any]) -> int:
     return sum(row["cost_nanos"] for row in said["rows"])
+
+
+@pytest.mark.parametrize("per_shard", [4_000_000, 100])
+async def test_calls_that_were_charged_again_are_found_with_what_they_cost(
+    ask: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, per_shard: int
+) -> None:
+    monkeypatch.setenv("SPENDFUSE_CHDB_DIR", str(engine.directory))
+    monkeypatch.delenv("SPENDFUSE_WORKSPACE", raising=False)
+    monkeypatch.setattr(reports, "CALLS_PER_SHARD", per_shard)
+    monkeypatch.chdir(tmp_path)
+    assert ask is not None, "the endpoint is up"
+
+    async def run(*words: str) -> Any:
+        return await asyncio.to_thread(CliRunner().invoke, app, ["report", "duplicates", *words])
+
+    found = await run("--month", "2025-03", "--json")
+    assert found.exit_code == 1, found.stderr
+    said = json.loads(found.stdout)
+    price = {nth: nth * 1_000_003 + 7 for nth in AGAIN}
+    assert {(row["workspace"], row["usage_id"], row["charges"], row["cost_nanos"]) for row in said["rows"]} == {
+        ("again", f"call-{nth}", 1 + times, times * price[nth]) for nth, times in AGAIN.items()
+    }
+    assert said["cost_nanos"] == {"USD": sum(times * price[nth] for nth, times in AGAIN.items())}
+    for none in (await run("--month", "2025-02"), await run("--month", "2025-03", "--workspace", "acme")):
+        assert (none.exit_code, none.stdout.endswith("was charged twice\n")) == (0, True)
 
 
 def test_a_period_names_its_last_day() -> None:

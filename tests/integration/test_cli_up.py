@@ -252,7 +252,7 @@ def test_a_table_is_imported_with_its_bad_rows_named_and_again_charges_nothing_m
 def test_the_doctor_finds_everything_well_and_says_what_is_not(up: Up) -> None:
     checks = {check["name"]: check for check in up.run("doctor", "--json").data["checks"]}
     assert {name: check["state"] for name, check in checks.items()} == dict.fromkeys(checks, "ok")
-    assert {"broker", "topics", "workers", "clocks", "clickhouse", "public keys", "signing key"} <= set(checks)
+    assert {"broker", "topics", "workers", "clocks", "clickhouse", "trail", "public keys", "signing key"} <= set(checks)
     away = up.run("doctor", "-b", "127.0.0.1:1", "--json")
     assert away.code == 1
     assert {check["name"] for check in json.loads(away.out)["checks"] if check["state"] == "failed"} == {"broker"}

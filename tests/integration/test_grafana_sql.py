@@ -40,6 +40,8 @@ CHOICES: dict[str, dict[str, str | list[str]]] = {
     "o'brien": {"workspace": "acme", "team": ["research", "support"], "agent": ["o'brien"]},
 }
 
+GLOBEX: dict[str, dict[str, str | list[str]]] = {"globex": {"workspace": "globex", "team": ALL, "agent": [ALL]}}
+
 
 def minutes(ago: float) -> datetime:
     return NOW - timedelta(minutes=ago)
@@ -80,6 +82,16 @@ def charges() -> list[LedgerEntry]:
         charged(905, 20, "planner-2", 32.0, currency="EUR"),
         charged(906, 20, "planner-1", 16.0, workspace="globex"),
         charged(907, 23 * 60, "planner-2", 8.0),  # yesterday, and in the range
+        *owls(),
+    ]
+
+
+def owls() -> list[LedgerEntry]:
+    """Twelve hours of two agents of globex that spend through their halts, 1 and 0.5 USD every 20 minutes."""
+    return [
+        charged(1_000 + nth * 2 + place, ago, agent, usd, workspace="globex", run=f"night-{place}")
+        for nth, ago in enumerate(range(12 * 60, 0, -20))
+        for place, (agent, usd) in enumerate([("owl-1", 1.0), ("owl-2", 0.5)])
     ]
 
 
@@ -121,6 +133,11 @@ def orders() -> list[tuple[str, Command]]:
         ("command", order(7, 10, "resume", measure=usd_of(16), **tree)),
         ("decision", order(8, 25, "halt", "agent:acme/support/helper-1", "shadow/daily", window=DAY,
                            measure=usd_of(1))),
+        # owl-1: 10 h 5 min to 2 h 5 min ago, for an hour of it by its run too; owl-2: by its team for 90 minutes
+        ("command", order(10, 605, "halt", "agent:globex/research/owl-1", "agents/daily")),
+        ("command", order(11, 300, "halt", "run:globex/night-0", "runs/total", expires_at=minutes(240))),
+        ("command", order(12, 125, "resume", "agent:globex/research/owl-1", "agents/daily")),
+        ("command", order(13, 700, "halt", "team:globex/research", "teams/daily", expires_at=minutes(610))),
         ("command", order(9, 8, "warn", "team:acme/research", "teams/rolling", window=rolling, measure=usd_of(20))),
     ]  # fmt: skip
 
@@ -197,7 +214,7 @@ class Answer:
 
 
 def statement(sql: str, choice: str, span: str) -> str:
-    return expand(sql, from_us=to_us(NOW - RANGES[span]), to_us=to_us(NOW), variables=CHOICES[choice])
+    return expand(sql, from_us=to_us(NOW - RANGES[span]), to_us=to_us(NOW), variables={**CHOICES, **GLOBEX}[choice])
 
 
 def everything() -> dict[str, str]:
@@ -209,6 +226,9 @@ def everything() -> dict[str, str]:
         for choice in CHOICES
         for span in RANGES
     }
+    after_halt = next(panel for panel in panels() if panel.query == "spend_after_halt")
+    for span in RANGES:
+        sent[f"{after_halt.query} | globex | {span}"] = statement(after_halt.sql, "globex", span)
     strange = {"workspace": "acme", "team": ALL, "agent": [OBRIEN.replace("\\", "")]}
     one = next(panel for panel in panels() if panel.query == "spend_today")
     sent["strange"] = expand(one.sql, from_us=to_us(MIDNIGHT), to_us=to_us(NOW), variables=strange)
@@ -301,7 +321,7 @@ def test_a_wallet_that_stopped_burning_shows_zero(answers: dict[str, Any]) -> No
     assert len(burn.rows) == 60
     assert sum(burn.column("burn")) / 60 == pytest.approx(3 * 3.5 + 4.375 + 6)
     assert max(burn.column("burn")) == pytest.approx(6 * 60)
-    assert sum(answer_of(answers, "burn_rate").column("burn")) / 30 == pytest.approx(31.5 + 4.375 + 6 + 8)
+    assert sum(answer_of(answers, "burn_rate").column("burn")) / 12 == pytest.approx(31.5 + 4.375 + 6 + 8)
 
 
 def test_agents_under_a_halt_that_holds_are_counted_once(answers: dict[str, Any]) -> None:
@@ -315,6 +335,13 @@ def test_spend_after_halt_ends_at_a_resume_or_expiry(answers: dict[str, Any]) ->
     assert answer_of(answers, "spend_after_halt").rows == [[pytest.approx(0.25 + 0.125 + 2.0)]]
     assert answer_of(answers, "spend_after_halt", span="1 h").rows == [[pytest.approx(0.375)]]
     assert answer_of(answers, "spend_after_halt", "support").rows == [[0]]
+
+
+def test_spend_through_a_long_halt_is_counted_once_whatever_else_halts_it(answers: dict[str, Any]) -> None:
+    # owl-1 every 20 minutes: 600 to 140 minutes ago by its own halt, 680 to 620 by the team's; owl-2 by the team's
+    own, team = len(range(600, 125, -20)), len(range(680, 610, -20))
+    assert answer_of(answers, "spend_after_halt", "globex").rows == [[pytest.approx(own + team * 1.5)]]
+    assert answer_of(answers, "spend_after_halt", "globex", "1 h").rows == [[0]]
 
 
 def test_the_cache_hit_rate_is_reads_over_all_input(answers: dict[str, Any]) -> None:
@@ -369,6 +396,8 @@ def test_the_table_says_who_spends_and_under_which_command(answers: dict[str, An
     assert table.by("agent", "cost")["planner-2"] == pytest.approx(9 * 2 + 4.125 + 8)
     assert table.by("agent", "last_command")["planner-2"] == "warn"
     assert table.by("agent", "calls")["planner-1"] == 10
+    assert table.by("agent", "runs") == {"planner-1": 1, "planner-2": 2, "helper-1": 1, "o'brien": 1, OBRIEN: 1}
+    assert table.by("agent", "last_call")["planner-2"].startswith("2026-11-20 15:25:00")
     assert table.column("cost") == sorted(table.column("cost"), reverse=True)
 
 

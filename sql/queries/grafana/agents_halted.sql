@@ -1,5 +1,6 @@
 -- Agents under a halt that is in force at the end of the range: their own, their team's, their workspace's or their
--- run tree's. Agents that spent in the range, and those that have a halt of their own.
+-- run tree's. Agents that were charged in the range (for a run tree's halt: in its hours), and those that have a halt of
+-- their own.
 WITH halted AS (
   SELECT scope FROM (
     SELECT scope, action, expires_at FROM commands
@@ -10,14 +11,20 @@ WITH halted AS (
 )
 SELECT uniqExact(team, agent) AS halted FROM (
   SELECT team, agent
+  FROM spend_over(since = toUnixTimestamp($__fromTime), until = toUnixTimestamp($__toTime))
+  WHERE workspace = ${workspace:singlequote}
+    AND (SELECT count() FROM halted WHERE NOT startsWith(scope, 'run:') AND NOT startsWith(scope, 'agent:')) > 0
+    AND hasAny([concat('workspace:', workspace), concat('team:', workspace, '/', team)],
+      (SELECT groupArray(scope) FROM halted))
+  GROUP BY team, agent
+  UNION ALL
+  SELECT team, agent
   FROM usage_events
-  ARRAY JOIN [
-    concat('workspace:', workspace),
-    concat('team:', workspace, '/', team),
-    concat('agent:', workspace, '/', team, '/', agent),
-    concat('run:', workspace, '/', root_run)
-  ] AS scope
-  WHERE $__timeFilter_ms(ts) AND workspace = ${workspace:singlequote} AND scope IN (SELECT scope FROM halted)
+  WHERE kind = 'charge' AND workspace = ${workspace:singlequote}
+    AND root_run IN (SELECT substring(scope, length(concat('run:', ${workspace:singlequote}, '/')) + 1) FROM halted
+      WHERE startsWith(scope, 'run:'))
+    AND toStartOfHour(occurred_at) >= toStartOfHour($__fromTime) AND toStartOfHour(occurred_at) <= $__toTime
+  GROUP BY team, agent
   UNION ALL
   SELECT splitByChar('/', scope)[2] AS team, splitByChar('/', scope)[3] AS agent FROM halted WHERE scope LIKE 'agent:%'
 )

@@ -1,6 +1,7 @@
 -- USD of usage of the range whose event time lies after a halt of its scope was issued, and before that halt expired or
 -- was resumed. Zero is what the fuse is for; calls in flight at the halt are what is left. Each usage counts once.
-WITH halts AS (
+WITH
+halts AS (
   SELECT scope, budget, cap, seq, issued_at, coalesce(expires_at, toDateTime64('2105-01-01 00:00:00', 6, 'UTC')) AS expires
   FROM commands
   WHERE action = 'halt' AND decided_only = 0 AND workspace = ${workspace:singlequote} AND issued_at <= $__toTime_ms
@@ -13,13 +14,58 @@ lifted AS (
   WHERE c.decided_only = 0 AND c.action = 'resume' AND c.seq > h.seq
   GROUP BY scope, issued_at, budget, cap
 ),
-stopped AS (
-  SELECT h.scope AS scope, h.issued_at AS issued_at, if(l.lifted_at > h.issued_at, least(h.expires, l.lifted_at), h.expires) AS until
-  FROM halts AS h
-  LEFT JOIN lifted AS l ON l.scope = h.scope AND l.issued_at = h.issued_at AND l.budget = h.budget AND l.cap = h.cap
+(
+  SELECT groupArray((scope, issued_at, until)) FROM (
+    SELECT h.scope AS scope, h.issued_at AS issued_at,
+      if(l.lifted_at > h.issued_at, least(h.expires, l.lifted_at), h.expires) AS until
+    FROM halts AS h
+    LEFT JOIN lifted AS l ON l.scope = h.scope AND l.issued_at = h.issued_at AND l.budget = h.budget AND l.cap = h.cap
+    WHERE until > $__fromTime_ms
+  )
+) AS stops,
+arrayMap(stop -> stop.1, stops) AS scopes,
+stopped AS (SELECT stop.1 AS scope, stop.2 AS issued_at, stop.3 AS until FROM (SELECT arrayJoin(stops) AS stop)),
+-- What was charged by run, agent and hour; of the hours of a halt. An hour that lies in it whole is added as it is, and
+-- of the others the usage is looked at one by one.
+hours AS (
+  SELECT team, agent, root_run, toStartOfHour(occurred_at) AS hour, sum(cost_nanos) AS nanos
+  FROM usage_events
+  WHERE kind = 'charge' AND currency = 'USD' AND workspace = ${workspace:singlequote}
+    AND toStartOfHour(occurred_at) >= toStartOfHour($__fromTime) AND toStartOfHour(occurred_at) <= $__toTime
+    AND toStartOfHour(occurred_at) >= toStartOfHour(arrayMin(stop -> stop.2, stops)) AND notEmpty(stops)
+    AND (
+      (team, agent) IN (SELECT splitByChar('/', scope)[2], splitByChar('/', scope)[3] FROM stopped WHERE scope LIKE 'agent:%')
+      OR root_run IN (SELECT substring(scope, position(scope, '/') + 1) FROM stopped WHERE scope LIKE 'run:%')
+      OR team IN (SELECT splitByChar('/', scope)[2] FROM stopped WHERE scope LIKE 'team:%')
+      OR has(scopes, concat('workspace:', ${workspace:singlequote}))
+    )
+    AND $__conditionalAll(team IN (${team:singlequote}), $team)
+    AND $__conditionalAll(agent IN (${agent:singlequote}), $agent)
+  GROUP BY team, agent, root_run, hour
+),
+touched AS (
+  SELECT h.team AS team, h.agent AS agent, h.root_run AS root_run, h.hour AS hour, any(h.nanos) AS nanos,
+    max(h.hour > s.issued_at AND addHours(h.hour, 1) <= s.until
+      AND h.hour >= $__fromTime_ms AND addHours(h.hour, 1) <= $__toTime_ms) AS is_whole
+  FROM (
+    SELECT team, agent, root_run, hour, nanos, scope
+    FROM hours
+    ARRAY JOIN [
+      concat('workspace:', ${workspace:singlequote}),
+      concat('team:', ${workspace:singlequote}, '/', team),
+      concat('agent:', ${workspace:singlequote}, '/', team, '/', agent),
+      concat('run:', ${workspace:singlequote}, '/', root_run)
+    ] AS scope
+    WHERE scope IN (SELECT scope FROM stopped)
+  ) AS h
+  INNER JOIN stopped AS s ON s.scope = h.scope
+  WHERE addHours(h.hour, 1) > s.issued_at AND h.hour < s.until
+  GROUP BY team, agent, root_run, hour
 )
-SELECT sum(cost) AS after_halt FROM (
-  SELECT any(u.cost_nanos) / 1e9 AS cost
+SELECT sum(nanos) / 1e9 AS after_halt FROM (
+  SELECT sum(nanos) AS nanos FROM touched WHERE is_whole
+  UNION ALL
+  SELECT any(u.cost_nanos) AS nanos
   FROM (
     SELECT scope, occurred_at, cost_nanos, src_topic, src_partition, src_offset, src_index
     FROM usage_events
@@ -29,9 +75,10 @@ SELECT sum(cost) AS after_halt FROM (
       concat('agent:', workspace, '/', team, '/', agent),
       concat('run:', workspace, '/', root_run)
     ] AS scope
-    WHERE $__timeFilter_ms(ts) AND kind = 'charge' AND currency = 'USD' AND workspace = ${workspace:singlequote}
-      AND $__conditionalAll(team IN (${team:singlequote}), $team)
-      AND $__conditionalAll(agent IN (${agent:singlequote}), $agent)
+    WHERE $__timeFilter_ms(occurred_at) AND kind = 'charge' AND currency = 'USD' AND workspace = ${workspace:singlequote}
+      AND (team, agent, toStartOfHour(occurred_at), root_run) IN (
+        SELECT team, agent, hour, root_run FROM touched WHERE NOT is_whole
+      )
       AND scope IN (SELECT scope FROM stopped)
   ) AS u
   INNER JOIN stopped AS s ON s.scope = u.scope

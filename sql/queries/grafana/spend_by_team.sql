@@ -1,8 +1,8 @@
 -- USD charged by each team in each interval; an interval without usage is zero.
 SELECT time, team, Value FROM (
-  SELECT $__timeInterval(bucket) AS time, team, sum(cost_usd) AS Value
-  FROM spend_1m
-  WHERE $__timeFilter(bucket) AND workspace = ${workspace:singlequote} AND currency = 'USD'
+  SELECT $__timeInterval(bucket) AS time, team, sum(cost_nanos) / 1e9 AS Value
+  FROM spend_by(step = $__interval_s, since = toUnixTimestamp($__fromTime), until = toUnixTimestamp($__toTime))
+  WHERE workspace = ${workspace:singlequote} AND currency = 'USD'
     AND $__conditionalAll(team IN (${team:singlequote}), $team)
     AND $__conditionalAll(agent IN (${agent:singlequote}), $agent)
   GROUP BY time, team

@@ -5,8 +5,8 @@ SELECT $__timeInterval(bucket) AS time,
   sum(cache_read_tokens) AS cache_read,
   sum(cache_write_5m_tokens + cache_write_1h_tokens) AS cache_write,
   sum(output_tokens) AS output
-FROM spend_1m
-WHERE $__timeFilter(bucket) AND workspace = ${workspace:singlequote}
+FROM spend_by(step = $__interval_s, since = toUnixTimestamp($__fromTime), until = toUnixTimestamp($__toTime))
+WHERE workspace = ${workspace:singlequote}
   AND $__conditionalAll(team IN (${team:singlequote}), $team)
   AND $__conditionalAll(agent IN (${agent:singlequote}), $agent)
 GROUP BY time

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 TURNS_MAX: Final = 10_000
 """Most calls of a run that are listed; its sums are over all of them."""
+DUPLICATES_MAX: Final = 1_000
+"""Most calls that are listed as charged again."""
+CALLS_PER_SHARD: Final = 4_000_000
+"""Call ids that one query holds in memory; a period with more is asked in parts."""
 CONTROL_TRIES: Final = 3
 CONTROL_PAUSE_S: Final = 1.0
 BASIS_POINTS: Final = 10_000
@@ -122,6 +126,11 @@ COLUMNS: Final[Mapping[str, tuple[Column, ...]]] = {
     "agent": (_WORKSPACE, _TEAM, _AGENT, _CURRENCY, *_SPEND),
     "workflow": (_WORKSPACE, Column("workflow", "text", "workflow"), _CURRENCY, *_SPEND),
     "models": (_WORKSPACE, _PROVIDER, _MODEL, _CURRENCY, *_SPEND),
+    "duplicates": (
+        _WORKSPACE, _TEAM, _AGENT, Column("usage_id", "text", "call"), Column("at", "instant", "at"),
+        Column("charged_again_at", "instant", "charged again at"), Column("charges", "count", "charges"), _CURRENCY,
+        Column("cost_nanos", "nanos", "too much"),
+    ),
     "chargeback": (
         Column("period", "text"), Column("posting_date", "day"), _WORKSPACE, _TEAM,
         Column("cost_center", "text", "cost centre"), _CURRENCY, Column("calls", "count", "calls"),
@@ -304,6 +313,18 @@ def read_chargeback(
         f"the charges of {period} and their daily rollup do not agree on {', '.join(apart)} ({charged} and {wanted}, "
         "calls and nano-units): wait until the audit has caught up; if it stays, see `spendfuse audit rebuild`"
     )
+
+
+def read_duplicates(client: "Client", period: Period, workspace: str = "") -> Report:
+    """Return the calls of a period that were charged more than once, the dearest first, at most DUPLICATES_MAX."""
+    bounds = {**_bounds(period), "workspace": workspace}
+    (control,) = _ask(client, "report_calls", bounds)
+    shards = -(-int(control["calls"]) // CALLS_PER_SHARD)
+    found: list[Row] = []
+    for shard in range(shards):
+        found += _ask(client, "report_duplicates", {**bounds, "shard": shard, "shards": shards})
+    found.sort(key=lambda row: (row["workspace"], row["currency"], -int(row["cost_nanos"]), row["usage_id"]))
+    return Report("duplicates", tuple(found[:DUPLICATES_MAX]))
 
 
 def totals(report: Report) -> dict[str, int]:

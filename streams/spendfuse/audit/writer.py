@@ -20,12 +20,12 @@ from spendfuse.audit import headers, trail
 from spendfuse.audit.batches import Batch, BatchHeader, BatchMismatchError, Collector, Message, form_again
 from spendfuse.audit.checkpoints import Head
 from spendfuse.audit.database import Database
+from spendfuse.audit.lag import GROUP
 from spendfuse.audit.trail import TrailError
 from spendfuse.client.connection import Consumer, admin_options, consumer_options, producer_options
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.topics import BATCHES, CHECKPOINTS, LEDGER
 
-GROUP: Final = "spendfuse-audit"
 CLIENT_ID: Final = "spendfuse-audit"
 MESSAGES_PER_POLL: Final = 50
 POLL_MS_MAX: Final = 200

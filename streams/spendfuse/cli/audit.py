@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         audit,
         migrate,
         "SPENDFUSE_CLICKHOUSE_URL=https://audit@ch.example:8443/spendfuse spendfuse audit migrate",
-        "spendfuse audit migrate --check",
+        "spendfuse audit migrate --plan",
     )
     command(
         audit,
@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
 def migrate(
     check: Annotated[
-        bool, typer.Option("--check", help="Only say what is still to be run; exit 1 if anything is.")
+        bool, typer.Option("--check", "--plan", help="Only say what is still to be run; exit 1 if anything is.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -10,6 +10,7 @@ from spendfuse.cli.options import STATE_DIR, Json, Servers, StateDir, command
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from spendfuse.audit.lag import LedgerLag
     from spendfuse.cli.target import Target
     from spendfuse.client.follow import Record
     from spendfuse.client.keys import PublicKey, Signer
@@ -23,6 +24,8 @@ SLOW_MS: Final = 500
 HEARTBEAT_WAIT_S: Final = 4.0
 FRESH_MS: Final = 15_000
 LAG_MAX: Final = 100_000
+BEHIND_MS_MAX: Final = 60_000
+"""As old as a ledger message may be before it is in ClickHouse; a batch waits for a second at most."""
 SKEW_WARN_MS: Final = 2_000
 SKEW_FAIL_MS: Final = 300_000
 """As far ahead as the worker takes usage; beyond it everything an agent emits is refused."""
@@ -149,7 +152,7 @@ async def _broker_checks(where: "Target") -> list[Check]:
             "" if connect_ms < SLOW_MS else "a slow broker delays every stop",
         )
     ]
-    wanted: list[Callable[[Target, dict[str, int]], Awaitable[list[Check]]]] = [_topics, _workers]
+    wanted: list[Callable[[Target, dict[str, int]], Awaitable[list[Check]]]] = [_topics, _workers, _trail]
     for check in wanted:
         try:
             checks += await check(where, counts)
@@ -270,6 +273,33 @@ def _worker_states(beats: "dict[str, tuple[Heartbeat, int]]", now_ms: int) -> li
         advice = "give all workers the same SPENDFUSE_PRICE_BOOK_FILE and version"
         checks.append(Check("price book", "failed", f"workers differ: {', '.join(sorted(books))}", advice))
     return checks
+
+
+async def _trail(where: "Target", counts: dict[str, int]) -> list[Check]:
+    """Check how far ClickHouse is behind the ledger; it is asked of Kafka, so also when ClickHouse is away."""
+    from spendfuse.cli import kafka, target
+    from spendfuse.wire.topics import LEDGER
+
+    if LEDGER.name not in counts or (where.up is not None and where.up.clickhouse_directory is None):
+        return []
+    try:
+        from spendfuse.audit.lag import ledger_lag
+    except ModuleNotFoundError:
+        return []
+    async with kafka.reaching(where):
+        return [trail_state(await ledger_lag(where.broker), target.wall_ms())]
+
+
+def trail_state(lag: "LedgerLag", now_ms: int) -> Check:
+    """Say how far the trail is behind its ledger."""
+    if not lag.messages:
+        return Check("trail", "ok", "ClickHouse has every message of the ledger")
+    age_ms = 0 if lag.oldest_ms is None else max(now_ms - lag.oldest_ms, 0)
+    found = f"{lag.messages:,} ledger messages are not in ClickHouse, the oldest for {age_ms // 1_000:,} s"
+    if age_ms <= BEHIND_MS_MAX:
+        return Check("trail", "ok", found)
+    advice = "see the log of `spendfuse audit run`: is ClickHouse away, full or slow? Halts go on without it"
+    return Check("trail", "warning", found, advice)
 
 
 def _skew(skews: list[int]) -> Check:

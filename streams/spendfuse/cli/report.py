@@ -51,6 +51,7 @@ def register(app: typer.Typer) -> None:
     command(report, run, "spendfuse report run weekly-report-0047", "spendfuse report run weekly-report-0047 --csv")
     command(report, workflow, "spendfuse report workflow --month 2026-11")
     command(report, models, "spendfuse report models --from 2026-11-01")
+    command(report, duplicates, "spendfuse report duplicates", "spendfuse report duplicates --month 2026-11 --json")
     command(
         report, chargeback,
         "spendfuse report chargeback --month 2026-11",
@@ -98,6 +99,36 @@ def models(
 ) -> None:  # fmt: skip
     """Show what was spent on each model, and what its caches served."""
     _show("models", month, from_, to, workspace, state_dir, csv=csv, as_json=as_json)
+
+
+def duplicates(
+    month: Month = None, from_: From = None, to: To = None, workspace: Workspace = "",
+    state_dir: StateDir = STATE_DIR, csv: Csv = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Show calls that were charged again, because their id came after the worker had forgotten it; exit 1 for any.
+
+    The worker remembers at least 261,120 call ids of each partition. `cost` is what was charged after the first time.
+    """
+    from spendfuse.audit.reports import read_duplicates, totals
+    from spendfuse.cli import console
+
+    _one_form(csv=csv, as_json=as_json)
+    where = _target(state_dir)
+    period, _ = _period(where, month, from_, to)
+    with _asking(where) as client:
+        found = read_duplicates(client, period, workspace)
+    if csv:
+        _write_csv(found.as_csv())
+    elif as_json:
+        console.data({
+            "report": "duplicates", "from": f"{period.since}", "to": f"{period.last}",
+            "cost_nanos": totals(found), "rows": found.as_data(),
+        })  # fmt: skip
+    elif found.rows:
+        _print_report(found, period)
+    else:
+        console.line(f"no call of {period} was charged twice")
+    raise typer.Exit(1 if found.rows else 0)
 
 
 def run(

@@ -8,6 +8,7 @@ links are shown, the annotations' SQL). Written after Grafana's dashboard JSON m
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from spendfuse.grafana.macros import POINTS_MAX
 from spendfuse.grafana.spec import TABLE, TIME_SERIES, Annotation, Panel, Row, Variable
 
 PLUGIN: Final = "grafana-clickhouse-datasource"
@@ -96,6 +97,7 @@ def _panel(panel: Panel, position: Mapping[str, int]) -> Json:
     }
     if panel.least_interval:
         described["interval"] = panel.least_interval
+        described["maxDataPoints"] = POINTS_MAX
     return described
 
 

@@ -12,11 +12,19 @@ from typing import Final
 
 ALL: Final = "$__all"
 """The value of a variable whose `All` is chosen."""
-POINTS_MAX: Final = 1_000
-"""About as many points as Grafana asks for: a panel's width in pixels."""
+POINTS_MAX: Final = 200
+"""Points of a graph, set for each of them: a week is then drawn from hours, and a day from five minutes."""
 EXPANSIONS_MAX: Final = 1_000
 US_PER_S: Final = 1_000_000
 US_PER_MS: Final = 1_000
+
+# Grafana's own rounding: below the first number of a pair (ms) an interval becomes the second (s).
+_ROUNDED: Final = (
+    (90_000, 60), (150_000, 120), (450_000, 300), (750_000, 600), (1_050_000, 900), (1_500_000, 1_200),
+    (2_700_000, 1_800), (5_400_000, 3_600), (9_000_000, 7_200), (16_200_000, 10_800), (32_400_000, 21_600),
+    (86_400_000, 43_200), (604_800_000, 86_400), (1_814_400_000, 604_800), (3_628_800_000, 2_592_000),
+)  # fmt: skip
+_YEAR_S: Final = 31_536_000
 
 _CONDITIONAL: Final = "$__conditionalAll("
 _QUOTED: Final = r"'(?:\\.|''|[^'\\])*'|`(?:\\.|[^`\\])*`|\"(?:\\.|[^\"\\])*\""
@@ -36,12 +44,12 @@ class MacroError(ValueError):
 
 
 def interval_s(from_us: int, to_us: int, *, least_s: int = 60) -> int:
-    """Return the seconds of one point of a graph over a range: whole multiples of `least_s`, at most POINTS_MAX points.
+    """Return the seconds of one point of a graph over a range, as Grafana rounds them for POINTS_MAX points.
 
-    Grafana rounds to friendlier numbers; the panels ask for at least a minute, because the rollup has no less.
+    Source: roundInterval in grafana/grafana, packages/grafana-data/src/datetime/rangeutil.ts.
     """
-    points_s = -(-(to_us - from_us) // (US_PER_S * POINTS_MAX))
-    return max(-(-points_s // least_s), 1) * least_s
+    wanted_ms = max((to_us - from_us) // (US_PER_MS * POINTS_MAX), least_s * 1_000)
+    return next((seconds for below_ms, seconds in _ROUNDED if wanted_ms < below_ms), _YEAR_S)
 
 
 def expand(sql: str, *, from_us: int, to_us: int, variables: Variables, interval: int | None = None) -> str:
