@@ -9,20 +9,19 @@ team and workspace. Each reads a topic of its own that holds the same bytes: it 
 written, and measured from its continuation until all are counted, or are on the ledger. The sums must be exact.
 
 Printed are usages a second by the process's CPU time (all threads) and by the clock, the median of the rounds, and the
-ratio to quixstreams within each round. Packed messages hold 100 usages of one agent, as a Meter sends them.
+ratio to quixstreams within each round. Packed messages hold 100 usages of one agent, as a Meter sends them; where the
+agents are too many for that, of 100 agents, as a forwarder sends them.
 """
 
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import json
 import signal
 import statistics
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,8 @@ from typing import NamedTuple
 import psutil
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from platform_under_test import PARTITIONS, ROOT, Platform, platform, publish_budgets
+from isolated import NotInstalledError, environment
+from platform_under_test import PARTITIONS, Platform, platform, publish_budgets
 
 from spendfuse.client.connection import admin_options, consumer_options, producer_options
 from spendfuse.wire.base import encode, from_us
@@ -42,8 +42,7 @@ PACK = 100
 DEADLINE_S = 300.0
 COST_NANOS = 36_450_000
 TOKENS = Tokens(input=1_200, cache_read=17_000, cache_write_5m=1_000, cache_write_1h=2_000, output=800)
-PEERS = Path(__file__).with_name("peers")
-PEERS_VENV = ROOT / ".cache" / "bench-peers"
+BARE_SUMS = Path(__file__).with_name("bare_sums.py")
 NAMES = ("aiokafka", "quixstreams", "bytewax", "spendfuse")
 SESSION_TIMEOUT_MS = "60000"
 """Longer than a process is stopped for while its messages are written."""
@@ -57,15 +56,16 @@ class Rate(NamedTuple):
 
 
 def usages(count: int, agents: int, run: str = "bench") -> list[Usage]:
-    """Return usages of many agents, now; those of an agent lie together, 100 at a time."""
-    ts = from_us(time.time_ns() // 1_000)
+    """Return usages of many agents, now; those of an agent lie together, 100 at a time, while that reaches them all."""
+    ts, together = from_us(time.time_ns() // 1_000), PACK if agents * PACK <= count else 1
+    numbers = [(number, number // together % agents) for number in range(count)]
     return [
         Usage(
-            id=f"{run}-{number}", ts=ts, workspace="acme", team="research", agent=f"agent-{number // PACK % agents}",
-            run=f"run-{number // PACK % agents}", root_run="root", provider="anthropic", model="claude-sonnet-4-6",
+            id=f"{run}-{number}", ts=ts, workspace="acme", team="research", agent=f"agent-{agent}",
+            run=f"run-{agent}", root_run="root", provider="anthropic", model="claude-sonnet-4-6",
             tokens=TOKENS,
         )
-        for number in range(count)
+        for number, agent in numbers
     ]  # fmt: skip
 
 
@@ -183,8 +183,8 @@ def measure_peer(run: Platform, name: str, made: list[Usage], *, packed: bool, t
     asyncio.run(make_topic(run, topic))
     asyncio.run(produce(run, topic, messages(made[:1], packed=False)))
     count = len(made) - 1
-    python = Path(sys.executable) if name == "aiokafka" else peers_python()
-    argv = [python, PEERS / "bare_sums.py", name, run.broker.bootstrap_servers, topic, topic, str(count)]
+    python = Path(sys.executable) if name == "aiokafka" else environment("peers")
+    argv = [python, BARE_SUMS, name, run.broker.bootstrap_servers, topic, topic, str(count)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as peer:
         lines = iter(peer.stdout or ())
         try:
@@ -204,20 +204,6 @@ def measure_peer(run: Platform, name: str, made: list[Usage], *, packed: bool, t
         finally:
             peer.send_signal(signal.SIGCONT)
             peer.kill()
-
-
-def peers_python() -> Path:
-    """Return the Python of the peers' environment, made from their lock file when it is not there yet."""
-    lock = PEERS / "requirements.lock"
-    home = PEERS_VENV / hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
-    python = home / "bin" / "python"
-    if not (home / "complete").exists():
-        print("making the peers' environment ...", flush=True)
-        venv.create(home, with_pip=True, clear=True)
-        argv = [python, "-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "-r", lock]
-        subprocess.run(argv, check=True)
-        (home / "complete").touch()
-    return python
 
 
 def interleaved(run: Platform, names: Sequence[str], count: int, agents: int, rounds: int) -> None:
@@ -256,6 +242,11 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(NAMES), help=f"some of {', '.join(NAMES)}")
     given = parser.parse_args()
     names = given.only.split(",")
+    try:
+        environment("peers")
+    except NotInstalledError as error:
+        print(f"without quixstreams and bytewax: {error}")
+        names = [name for name in names if name in ("aiokafka", "spendfuse")]
     if unknown := set(names) - set(NAMES):
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(NAMES)}")
     with platform("kafka") as run:

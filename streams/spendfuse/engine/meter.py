@@ -241,7 +241,7 @@ class PartitionMeter:
         when = (call.who, call.ts_us // QUARTER_US)
         late = this.late.get(when)
         if late is None:
-            plans = (this.policies.of(scope).plan for scope in (call.who.agent, *call.who.shared))
+            plans = {this.policies.of(scope).plan for scope in (call.who.agent, *call.who.shared)}
             late = this.late[when] = any(misses(plan, call.ts_us, this.now_us) for plan in plans)
         return late
 

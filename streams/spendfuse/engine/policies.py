@@ -61,35 +61,44 @@ class Policies:
         self.budgets = {budget.id: budget for budget in budgets}
         self.denying = {budget.id: budget for budget in self.budgets.values() if budget.unknown_model == "deny"}
         self.zones = {settings.workspace: settings.timezone for settings in workspaces}
+        ordered = sorted(self.budgets.values(), key=lambda budget: budget.id)
+        self._limits = {budget.id: tuple(Limit.of(budget, cap) for cap in budget.caps) for budget in ordered}
+        self._ordered = tuple(ordered)
         self._scopes: dict[str, ScopePolicy] = {}
+        self._alike: dict[tuple[tuple[str, ...], str, bool], ScopePolicy] = {}
 
     def of(self, scope: str) -> ScopePolicy:
-        """Return what applies to a scope."""
+        """Return what applies to a scope; scopes under the same budgets and zone share one object."""
         policy = self._scopes.get(scope)
         if policy is None:
             if len(self._scopes) >= SCOPE_CACHE_MAX:
                 self._scopes.clear()
-            policy = self._scopes[scope] = self._compile(scope)
+                self._alike.clear()
+            policy = self._scopes[scope] = self._find(scope)
         return policy
 
-    def _compile(self, scope: str) -> ScopePolicy:
-        budgets = [budget for budget in self.budgets.values() if matches(budget.scope, scope)]
-        budgets.sort(key=lambda budget: budget.id)
-        zone = self.zones.get(scope_workspace(scope), "UTC")
+    def _find(self, scope: str) -> ScopePolicy:
+        budgets = tuple(budget for budget in self._ordered if matches(budget.scope, scope))
+        zone, is_run = self.zones.get(scope_workspace(scope), "UTC"), scope_kind(scope) == "run"
+        alike = (tuple(budget.id for budget in budgets), zone, is_run)
+        policy = self._alike.get(alike)
+        if policy is None:
+            policy = self._alike[alike] = self._compile(budgets, zone, is_run=is_run)
+        return policy
+
+    def _compile(self, budgets: tuple[Budget, ...], zone: str, *, is_run: bool) -> ScopePolicy:
         calendar = {(kind, zone): None for kind in BASE_KINDS}  # a dict keeps the order, and each pair once
         rolling: dict[int, None] = {}
-        limits: list[Limit] = []
         for budget in budgets:
             for cap in budget.caps:
                 if cap.window.rolling_s is not None:
                     rolling[cap.window.rolling_s] = None
                 elif cap.window.kind != "run":
                     calendar[(cap.window.kind, budget.timezone)] = None
-                limits.append(Limit.of(budget, cap))
         grace_s = max((budget.grace_s for budget in budgets), default=GRACE_S_DEFAULT)
         return ScopePolicy(
-            Plan(tuple(calendar), tuple(rolling), scope_kind(scope) == "run", grace_s * 1_000_000),
-            tuple(limits),
+            Plan(tuple(calendar), tuple(rolling), is_run, grace_s * 1_000_000),
+            tuple(limit for budget in budgets for limit in self._limits[budget.id]),
             tuple(budget for budget in budgets if budget.unknown_model == "deny"),
             any(budget.unknown_model == "warn" for budget in budgets),
         )

@@ -115,6 +115,8 @@ class Spend:
 
     def prune(self, plan: Plan, now_us: int) -> None:
         """Drop the windows that have closed for good; the hour before the running one stays, for the burn rate."""
+        if not self.windows and not self.rolling:
+            return
         keep_us = max(plan.grace_us, 3_600_000_000)
         for key in [key for key in self.windows if window_of_key(key).end_us + keep_us <= now_us]:
             del self.windows[key]

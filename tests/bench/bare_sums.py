@@ -1,6 +1,6 @@
 """A peer's bare windowed sum over a topic: `bare_sums.py aiokafka|quixstreams|bytewax SERVERS TOPIC GROUP COUNT`.
 
-It runs in an environment of its own (tests/bench/peers/requirements.lock), never in the project's. It reads JSON, and
+It runs in an environment of its own (locks/peers.txt), never in the project's. It reads JSON, and
 adds the output tokens of each agent in an hour's tumbling window; no check of what it reads, no price, no cap, no
 remembered ids. It prints `ready` at the first usage, and `done TOKENS` once it has seen COUNT more.
 """
