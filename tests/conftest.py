@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 MORE_THAN_CPUS = 1
 PROCESSES_MAX = 8
+
+# A shell's background job, and all it starts, ignores Ctrl-C; the programs that tests interrupt must not inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("SPENDFUSE_GUARD_DIR", "off")  # a test's guard forgets with its test, unless it says otherwise
 

@@ -18,6 +18,7 @@ from audit_attacks import ATTACKS
 from audit_trails import entries, messages, sealed
 
 DEADLINE_S = 300
+pytestmark = pytest.mark.timeout(DEADLINE_S + 60)
 ROWS = len(entries(0)) + 1
 """Rows of a partition's trail: its entries, and the message that nobody can read."""
 # attack -> the findings in (partition, batch, cause)
