@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from spendfuse.engine.decide import SEQ_KEPT_US, next_seq, standing_of
-from spendfuse.engine.policies import ScopePolicy
+from spendfuse.engine.policies import Policies
 from spendfuse.engine.spend import Spend
 from spendfuse.engine.state import Fuse, ScopeState, SharedState
 from spendfuse.engine.windows import FOREVER_US, HOUR_US, RUN_KEY, SECOND_US, oldest_slot, window_of_key
@@ -25,28 +25,28 @@ def bound_us(idle_days: int, usage_age_max_s: int) -> int:
     return max(idle_days * DAY_US, usage_age_max_s * SECOND_US + REPLAY_US)
 
 
-def scope_is_idle(state: ScopeState, policy: ScopePolicy, now_us: int, idle_us: int) -> bool:
+def scope_is_idle(scope: str, state: ScopeState, policies: Policies, now_us: int, idle_us: int) -> bool:
     """Say whether one partition's state of a scope may be forgotten."""
     return (
-        _spend_is_idle(state.spend, policy, now_us, idle_us)
+        _spend_is_idle(scope, state.spend, policies, now_us, idle_us)
         and not any(hold.deadline_us > now_us for hold in state.spend.holds.values())
         and _fuses_are_idle(state.fuses, now_us, idle_us)
     )
 
 
-def shared_is_idle(state: SharedState, policy: ScopePolicy, now_us: int, idle_us: int) -> bool:
+def shared_is_idle(scope: str, state: SharedState, policies: Policies, now_us: int, idle_us: int) -> bool:
     """Say whether the state of a shared scope may be forgotten: all its partitions' shares are idle."""
     return (
-        all(_spend_is_idle(part.spend, policy, now_us, idle_us) for part in state.parts.values())
+        all(_spend_is_idle(scope, part.spend, policies, now_us, idle_us) for part in state.parts.values())
         and state.held_until_us(now_us) is None
         and _fuses_are_idle(state.fuses, now_us, idle_us)
     )
 
 
-def _spend_is_idle(spend: Spend, policy: ScopePolicy, now_us: int, idle_us: int) -> bool:
+def _spend_is_idle(scope: str, spend: Spend, policies: Policies, now_us: int, idle_us: int) -> bool:
     if spend.newest_us + idle_us > now_us:
-        return False
-    closed_us = now_us - max(policy.plan.grace_us, HOUR_US)
+        return False  # said without the policy: nearly all are in use
+    closed_us = now_us - max(policies.of(scope).plan.grace_us, HOUR_US)
     return all(key == RUN_KEY or window_of_key(key).end_us <= closed_us for key in spend.windows) and not any(
         slot >= oldest_slot(rolling_s, now_us) for rolling_s, slots in spend.rolling.items() for slot in slots
     )

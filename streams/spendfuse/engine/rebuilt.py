@@ -141,7 +141,7 @@ class Rebuilt:
             # A run may live on elsewhere, and then its share counts: it is judged at the end, as a whole.
             if name[0] == partition
             and scope_kind(name[1]) != "run"
-            and scope_is_idle(state, self.policies.of(name[1]), now_us, self.idle_us)
+            and scope_is_idle(name[1], state, self.policies, now_us, self.idle_us)
         ]
         for name in idle:
             del self.scopes[name]
@@ -168,11 +168,11 @@ class Rebuilt:
     def _forget_idle(self, now_us: int) -> None:
         policies, idle_us = self.policies, self.idle_us
         for name, whole in list(self.shared.items()):
-            if shared_is_idle(whole, policies.of(name[1]), now_us, idle_us):
+            if shared_is_idle(name[1], whole, policies, now_us, idle_us):
                 del self.shared[name]
         for name, state in list(self.scopes.items()):
             lives = scope_kind(name[1]) == "run" and (self.partition_of(name[1]), name[1]) in self.shared
-            if not lives and scope_is_idle(state, policies.of(name[1]), now_us, idle_us):
+            if not lives and scope_is_idle(name[1], state, policies, now_us, idle_us):
                 del self.scopes[name]
 
     def slots(self) -> Iterator[tuple[int, int, bytes]]:

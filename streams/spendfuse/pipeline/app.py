@@ -10,6 +10,7 @@ import faust
 from mode import CrashingSupervisor, Service
 
 from spendfuse.client.clock import Clock, ScaledClock, parse_clock
+from spendfuse.engine.idle import bound_us
 from spendfuse.pipeline import faust_cures
 from spendfuse.pipeline.feed import PolicyFeed, price_book_of
 from spendfuse.pipeline.genuine import signer_of, verifier_of
@@ -182,6 +183,7 @@ def _agents(
         number: int = app.consumer_generation_id
         return number
 
+    idle_us = bound_us(settings.state_idle_days, settings.usage_age_max_s)
     meter = MeterStage(
         tables=MeterTables(table("scopes"), table("ids")),
         publisher=publisher,
@@ -190,9 +192,16 @@ def _agents(
         generation=generation,
         violations=violations,
         ends=ends,
+        idle_us=idle_us,
     )
     rollup = RollupStage(
-        table=table("shared"), publisher=publisher, feed=feed, clock=clock, generation=generation, ends=ends
+        table=table("shared"),
+        publisher=publisher,
+        feed=feed,
+        clock=clock,
+        generation=generation,
+        ends=ends,
+        idle_us=idle_us,
     )
 
     async def meter_agent(stream: Any) -> None:

@@ -37,7 +37,7 @@ from spendfuse.pipeline.feed import PolicyFeed, price_book_of
 from spendfuse.pipeline.genuine import signer_of, verifier_of
 from spendfuse.pipeline.rebuild_mark import RebuildMark, Source, mark_topic, read_mark
 from spendfuse.pipeline.rebuild_sources import TrailReader, fold_ledger, fold_trail, last_batches, trail_commands
-from spendfuse.pipeline.refusal import Ends, KafkaEnds, StateMismatchError, end_of
+from spendfuse.pipeline.refusal import Ends, KafkaEnds, StateMismatchError, end_of, stop
 from spendfuse.pipeline.routing import partition_of
 from spendfuse.settings import BrokerSettings, SettingsError, WorkerSettings
 from spendfuse.wire.base import to_us
@@ -101,7 +101,7 @@ async def prepare_from_ledger(
 
     Raises RebuildError, SettingsError, or a `KafkaError` when the broker is away.
     """
-    async with _reading(broker) as consumer:
+    async with reading(broker) as consumer:
         known = await _known(consumer, settings, progress)
         if known.mark is not None and known.mark.former_us:
             raise RebuildError(
@@ -128,7 +128,7 @@ async def prepare_from_trail(
     Raises RebuildError, SettingsError, or a `KafkaError` when the broker is away; what the database raises passes.
     """
     signer_of(settings)  # said now rather than after an hour of reading
-    async with _reading(broker) as consumer:
+    async with reading(broker) as consumer:
         known = await _known(consumer, settings, progress)
         again = known.mark is not None and bool(known.mark.former_us)
         if not again:
@@ -175,14 +175,15 @@ def _finish(prepared: Prepared, known: _Known, now_us: int) -> None:
 
 
 @asynccontextmanager
-async def _reading(broker: BrokerSettings) -> "AsyncIterator[Any]":
+async def reading(broker: BrokerSettings) -> "AsyncIterator[Any]":
+    """Give a consumer of no group."""
     consumer = AIOKafkaConsumer(**consumer_options(broker, CLIENT_ID))
     try:
         async with asyncio.timeout(ANSWER_S):
             await consumer.start()
         yield consumer
     finally:
-        await consumer.stop()
+        await stop(consumer)
 
 
 async def _known(consumer: Any, settings: WorkerSettings, progress: Progress) -> _Known:
@@ -304,7 +305,7 @@ async def _check_ends(broker: BrokerSettings, rebuilt: Rebuilt) -> None:
 
 async def check_unmoved(broker: BrokerSettings, settings: WorkerSettings, prepared: Prepared) -> None:
     """Raise RebuildError when what was read has grown since: a worker ran meanwhile."""
-    async with _reading(broker) as consumer:
+    async with reading(broker) as consumer:
         for topic, ends in prepared.ends.items():
             places = [TopicPartition(topic, number) for number in ends]
             consumer.assign(places)

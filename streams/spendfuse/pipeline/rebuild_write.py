@@ -6,16 +6,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import TopicAlreadyExistsError, for_code
+from aiokafka.errors import GroupIdNotFound, KafkaError, TopicAlreadyExistsError, for_code
 from pydantic import ValidationError
 
-from spendfuse.client.connection import admin_options, consumer_options
+from spendfuse.client.connection import admin_options
 from spendfuse.pipeline.codec import encode_scope, encode_shared
 from spendfuse.pipeline.genuine import signer_of
 from spendfuse.pipeline.publish import Publisher
-from spendfuse.pipeline.rebuild import ANSWER_S, CLIENT_ID, Prepared, Progress, RebuildError, check_unmoved, read_to_end
+from spendfuse.pipeline.rebuild import (
+    ANSWER_S,
+    CLIENT_ID,
+    Prepared,
+    Progress,
+    RebuildError,
+    check_unmoved,
+    read_to_end,
+    reading,
+)
 from spendfuse.pipeline.rebuild_mark import KEY, mark_topic
 from spendfuse.pipeline.records import Delivery
 from spendfuse.pipeline.routing import state_key
@@ -112,7 +120,8 @@ class _Putting:
 
     async def settled(self) -> None:
         waiting, self._waiting = self._waiting, []
-        await asyncio.gather(*waiting)
+        async with asyncio.timeout(ANSWER_S):
+            await asyncio.gather(*waiting)
 
 
 async def _write_tables(
@@ -157,11 +166,8 @@ def _changelog(settings: WorkerSettings, table: str) -> str:
 
 async def _keys(broker: BrokerSettings, settings: WorkerSettings, progress: Progress) -> dict[str, set[bytes]]:
     """Return the keys that each changelog holds now, whatever their values are."""
-    consumer = AIOKafkaConsumer(**consumer_options(broker, CLIENT_ID))
     found: dict[str, set[bytes]] = {}
-    try:
-        async with asyncio.timeout(ANSWER_S):
-            await consumer.start()
+    async with reading(broker) as consumer:
         for table in TABLES:
             keys = found[table] = set[bytes]()
 
@@ -173,8 +179,6 @@ async def _keys(broker: BrokerSettings, settings: WorkerSettings, progress: Prog
             topic = Topic(name, "", settings.partitions, "compact", -1, "")
             await read_to_end(consumer, topic, settings.partitions, take, lambda *_: None)
             progress(f"old keys of {name}", len(keys), len(keys))
-    finally:
-        await consumer.stop()
     return found
 
 
@@ -228,8 +232,13 @@ async def _refuse_workers(admin: Any, broker: BrokerSettings, settings: WorkerSe
     groups = [settings.app_id, f"{settings.app_id}-intake", f"{settings.app_id}-recorder"]
     give_up_at = time.monotonic() + broker.session_timeout_ms / 1_000 + LEAVING_S
     while True:
-        members = {group: await _members(admin, group) for group in groups}
-        alive = {group: count for group, count in members.items() if count}
+        try:
+            alive = {group: count for group in groups if (count := await _members(admin, group))}
+        except KafkaError:  # a coordinator is still being found: on a new Kafka that takes a moment
+            if time.monotonic() > give_up_at:
+                raise
+            await asyncio.sleep(POLL_S)
+            continue
         if not alive:
             return
         if time.monotonic() > give_up_at:
@@ -242,10 +251,15 @@ async def _refuse_workers(admin: Any, broker: BrokerSettings, settings: WorkerSe
 
 
 async def _members(admin: Any, group: str) -> int:
+    """Return how many members a group has; raises a `KafkaError` when its coordinator does not say."""
     # One group at a time: the embedded broker mixes up the answers for several.
     async with asyncio.timeout(ANSWER_S):
         (response,) = await admin.describe_consumer_groups([group])
-    return sum(len(each[MEMBERS]) for each in response.groups if each[1] == group)
+    found = [each for each in response.groups if each[1] == group]
+    for code in (each[0] for each in found):
+        if code not in {0, GroupIdNotFound.errno}:
+            raise for_code(code)(f"the coordinator of group {group} does not describe it")
+    return sum(len(each[MEMBERS]) for each in found)
 
 
 async def _beating(broker: BrokerSettings, app_id: str) -> str | None:
@@ -261,11 +275,6 @@ async def _beating(broker: BrokerSettings, app_id: str) -> str | None:
         if record.timestamp > since_ms and beat.emitter.startswith(f"{app_id}/"):
             found.append(beat.emitter)
 
-    consumer = AIOKafkaConsumer(**consumer_options(broker, CLIENT_ID))
-    try:
-        async with asyncio.timeout(ANSWER_S):
-            await consumer.start()
+    async with reading(broker) as consumer:
         await read_to_end(consumer, HEARTBEATS, 1, take, lambda *_: None)
-    finally:
-        await consumer.stop()
     return found[-1] if found else None

@@ -26,6 +26,7 @@ TRIES: Final = 5
 TRY_AGAIN_S: Final = 1.0
 FETCH_MS: Final = 2_000
 ANSWER_S: Final = 30.0
+STOP_S: Final = 2.0
 WAY_ON: Final = "see streams/README.md, 'When state and topics do not fit'"
 REBUILD: Final = "`spendfuse state rebuild` writes the state anew from the ledger"
 TABLES: Final = {"scopes": PACKED.name, "shared": ROLLUPS.name}
@@ -78,7 +79,13 @@ class KafkaEnds:
             try:
                 return await end_of(consumer, TopicPartition(topic, partition))
             finally:
-                await consumer.stop()
+                await stop(consumer)
+
+
+async def stop(consumer: Any) -> None:
+    """Stop a consumer, and wait no longer than a while: with a fetch on its way aiokafka may wait for ever."""
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(consumer.stop(), STOP_S)
 
 
 async def end_of(consumer: Any, place: TopicPartition) -> int:
@@ -119,7 +126,7 @@ async def check_changelogs(broker: BrokerSettings, app_id: str, partitions: int)
                         f"{REBUILD}; {WAY_ON}"
                     )
         finally:
-            await consumer.stop()
+            await stop(consumer)
 
 
 def refuse_half_rebuilt(mark: RebuildMark | None) -> None:
