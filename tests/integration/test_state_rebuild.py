@@ -264,6 +264,10 @@ def test_a_lost_kafka_goes_on_from_clickhouse_and_an_emitters_spool_is_charged_o
     assert deployed.settled().differences == []
     before = deployed.read()
     stored(deployed, [CALLS, len(before.commands)])
+    assert deployed.worker.stop(20.0) == 0
+    said = deployed.cli("--from", "clickhouse")
+    assert said.returncode == 1
+    assert "a worker has counted on this Kafka" in said.stderr, "its usage is in the trail, and would count twice"
     deployed.stop()
     deployed.kafka.stop()
     with KraftBroker() as another:
@@ -283,10 +287,24 @@ def test_a_lost_kafka_goes_on_from_clickhouse_and_an_emitters_spool_is_charged_o
         spool = deployed.sent[-150:]
         deployed.send(((number + 2) % PARTITIONS, value) for number, value in spool)
         deployed.emit(range(CALLS, CALLS + 100))
-        check_sums_over_both(deployed, before.usage)
+        check_sums_over_both(deployed, before.usage, CALLS + 100)
+
+        deployed.worker.kill()  # and then the new Kafka's changelogs are lost, which the old one's sums were in
+        deployed.delete(*(f"spendfuse-{name}-changelog" for name in ("scopes", "ids", "shared")))
+        refused(deployed.worker)
+        said = deployed.cli()
+        assert said.returncode == 1
+        assert "--from clickhouse`, which reads both" in said.stderr
+        again = deployed.cli("--from", "clickhouse", "--json")
+        assert again.returncode == 0, again.stderr
+        assert "commands written back" not in json.loads(again.stdout)["records"]
+        deployed.worker.begin()
+        deployed.worker.until_ready()
+        deployed.emit(range(CALLS + 100, CALLS + 150))
+        check_sums_over_both(deployed, before.usage, CALLS + 150)
 
 
-def check_sums_over_both(deployed: Deployed, lost: list[oracle.Record]) -> None:
+def check_sums_over_both(deployed: Deployed, lost: list[oracle.Record], calls: int) -> None:
     """The tables hold what both raw usage topics say together, each call once."""
     book = (deployed.directory / "book.json").read_bytes()
     give_up_at = time.monotonic() + DEADLINE_S
@@ -310,7 +328,7 @@ def check_sums_over_both(deployed: Deployed, lost: list[oracle.Record]) -> None:
         time.sleep(0.5)
     said = oracle.ledger(topics.ledger)
     assert (fact.duplicates, said.duplicates) == (150, 150)
-    assert fact.calls == CALLS + 100
+    assert fact.calls == calls
 
 
 def stored(deployed: Deployed, rows: list[int]) -> None:

@@ -41,7 +41,7 @@ from spendfuse.wire.topics import USAGE
 UNACKED_MAX: Final = 500
 """Most packed messages whose effects are not yet durable; at this many the meter flushes before it reads on."""
 STATES_MAX: Final = 50_000
-"""Most scopes a worker keeps decoded; beyond it, those that are written are dropped and read back when needed."""
+"""Most scopes a worker keeps decoded; beyond it, half of them are dropped, and read back when they are needed."""
 IDLE_US: Final = bound_us(35, 7 * 86_400)
 RECONSIDER_SLICE: Final = 200
 
@@ -218,12 +218,16 @@ class MeterStage:
         ]
 
     def _bound(self) -> None:
-        if sum(len(pending.meter.states) for pending in self._partitions.values()) <= STATES_MAX:
+        decoded = sum(len(pending.meter.states) for pending in self._partitions.values())
+        if decoded <= STATES_MAX:
             return
+        excess = decoded - STATES_MAX // 2
         for pending in self._partitions.values():
-            # What was touched while the flush waited is not in the table yet, so it stays.
-            for scope in [scope for scope in pending.meter.states if scope not in pending.dirty]:
+            # Those loaded first. What was touched while the flush waited is not in the table yet, so it stays.
+            written = [scope for scope in pending.meter.states if scope not in pending.dirty]
+            for scope in written[: max(0, excess)]:
                 pending.meter.forget(scope)
+            excess -= len(written)
 
     def _take_dirty(self) -> tuple[list[Rollup], list[_Write]]:
         now_us = self._clock()

@@ -187,13 +187,22 @@ async def reading(broker: BrokerSettings) -> "AsyncIterator[Any]":
 
 
 async def _known(consumer: Any, settings: WorkerSettings, progress: Progress) -> _Known:
-    topics = await consumer.topics()
+    # aiokafka has no public way to the partitions of a topic that is not read yet.
+    cluster = await _answer(consumer._client.fetch_all_metadata())  # noqa: SLF001
+    topics = cluster.topics()
     missing = [topic.name for topic in (USAGE, PACKED, LEDGER, BUDGETS, PRICES, COMMANDS) if topic.name not in topics]
     if missing:
         raise RebuildError(
             f"there is no topic {', '.join(missing)}: create what is missing with `spendfuse topics create`. "
             "If usage or ledger were lost with it, rebuild with --from clickhouse"
         )
+    for topic in (USAGE, PACKED, LEDGER):
+        count = len(cluster.partitions_for_topic(topic.name) or ())
+        if count != settings.partitions:
+            raise RebuildError(
+                f"{topic.name} has {count} partitions, and this command was told {settings.partitions}: give it the "
+                "workers' settings (SPENDFUSE_PARTITIONS)"
+            )
     mark = None
     if mark_topic(settings.app_id) in topics:
         try:

@@ -125,29 +125,24 @@ class _Putting:
 
 
 async def _write_tables(
-    put: _Putting, settings: WorkerSettings, prepared: Prepared, before: dict[str, set[bytes]], progress: Progress
+    put: _Putting, settings: WorkerSettings, prepared: Prepared, before: dict[str, dict[bytes, int]], progress: Progress
 ) -> Written:
     written = Written(dict.fromkeys(TABLES, 0), 0)
     rebuilt = prepared.rebuilt
     total = len(rebuilt.scopes) + len(rebuilt.shared) + sum(len(seen.dirty) for seen in rebuilt.seen.values())
     for table, partition, key, value in rows_of(prepared):
         await put(_changelog(settings, table), partition, key, value)
-        before[table].discard(key)
+        before[table].pop(key, None)
         written.rows[table] += 1
         progress("records of the tables", sum(written.rows.values()), total)
     for table, keys in before.items():
-        for key in keys:
-            await put(_changelog(settings, table), _partition_of_key(key, settings.partitions), key, None)
+        for key, number in keys.items():
+            await put(_changelog(settings, table), number, key, None)
             written.stale += 1
         if not (written.rows[table] or keys):
             # A changelog without any record passes for a lost one; everything in it may have been idle.
             await put(_changelog(settings, table), 0, state_key(0, ""), None)
     return written
-
-
-def _partition_of_key(key: bytes, partitions: int) -> int:
-    number = key.partition(b"/")[0]
-    return int(number) if number.isdigit() and int(number) < partitions else 0
 
 
 async def _write_back(put: _Putting, outbox: KafkaOutbox, settings: WorkerSettings, prepared: Prepared) -> None:
@@ -164,16 +159,17 @@ def _changelog(settings: WorkerSettings, table: str) -> str:
     return f"{settings.app_id}-{table}-changelog"
 
 
-async def _keys(broker: BrokerSettings, settings: WorkerSettings, progress: Progress) -> dict[str, set[bytes]]:
-    """Return the keys that each changelog holds now, whatever their values are."""
-    found: dict[str, set[bytes]] = {}
+async def _keys(broker: BrokerSettings, settings: WorkerSettings, progress: Progress) -> dict[str, dict[bytes, int]]:
+    """Return the keys that each changelog holds now, and where, whatever their values are."""
+    found: dict[str, dict[bytes, int]] = {}
     async with reading(broker) as consumer:
         for table in TABLES:
-            keys = found[table] = set[bytes]()
+            keys = found[table] = dict[bytes, int]()
 
-            def take(record: Any, keys: set[bytes] = keys) -> None:
-                if record.key is not None:
-                    (keys.discard if record.value is None else keys.add)(record.key)
+            def take(record: Any, keys: dict[bytes, int] = keys) -> None:
+                keys[record.key or b""] = record.partition
+                if record.value is None:
+                    del keys[record.key or b""]
 
             name = _changelog(settings, table)
             topic = Topic(name, "", settings.partitions, "compact", -1, "")
