@@ -108,7 +108,7 @@ def check_same_tables(pipeline: PipelineDriver, rebuilt: Rebuilt) -> None:
         assert set(shared[key].parts) == set(state.parts), key
         for number, part in state.parts.items():
             assert sums_of(shared[key].parts[number].spend) == sums_of(part.spend), key
-            assert shared[key].parts[number].as_of <= part.as_of, "a share published later replaces it"
+            assert 0 <= shared[key].parts[number].as_of <= part.as_of, "a share published later replaces it"
         assert fuses_of(shared[key], now_us) == fuses_of(state, now_us), key
     for number, pending in pipeline._meter._partitions.items():
         origins = rebuilt.seen[number].origins if number in rebuilt.seen else {}

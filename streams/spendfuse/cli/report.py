@@ -111,7 +111,7 @@ def duplicates(
     _one_form(csv=csv, as_json=as_json)
     where = _target(state_dir)
     period, _ = _period(where, month, from_, to)
-    with _asking(where) as client:
+    with trail.asking(where) as client:
         found = read_duplicates(client, period, workspace)
     if csv:
         _write_csv(found.as_csv())

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 
 from spendfuse.audit.queries import load
 from spendfuse.client.accept import Refused, accept
 from spendfuse.client.clock import Clock
-from spendfuse.client.connection import consumer_options
+from spendfuse.client.connection import Consumer, consumer_options
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import Verifier
 from spendfuse.engine.decide import SEQ_KEPT_US
@@ -177,7 +177,7 @@ def _finish(prepared: Prepared, known: _Known, now_us: int) -> None:
 @asynccontextmanager
 async def reading(broker: BrokerSettings) -> "AsyncIterator[Any]":
     """Give a consumer of no group."""
-    consumer = AIOKafkaConsumer(**consumer_options(broker, CLIENT_ID))
+    consumer = Consumer(**consumer_options(broker, CLIENT_ID))
     try:
         async with asyncio.timeout(ANSWER_S):
             await consumer.start()
