@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from audit_samples import START, command_entry, halt
 from pipeline.oracle import Truth
 from pipeline.samples import BOOK, INPUT_NANOS, budget, call, cap, driver
 from pipeline.test_exactness import CAP_TOKENS, LIMITS, check_sums, operations, perform, settle, truth_of
+from spendfuse.audit.rows import Place, entry_row
 from spendfuse.engine.idle import bound_us
 from spendfuse.engine.rebuilt import Charged, Rebuilt
 from spendfuse.pipeline.codec import decode_scope, decode_shared
 from spendfuse.pipeline.rebuild import Prepared
-from spendfuse.pipeline.rebuild_sources import fold_ledger
+from spendfuse.pipeline.rebuild_sources import _command, fold_ledger
 from spendfuse.pipeline.rebuild_write import rows_of
 from spendfuse.pipeline.routing import partition_of
 from spendfuse.testing import PipelineDriver
 from spendfuse.testing.memory import ChangelogRecord
 from spendfuse.wire.base import to_us
+from spendfuse.wire.control import Command, Degrade
 from spendfuse.wire.topics import COMMANDS, LEDGER, USAGE
 
 if TYPE_CHECKING:
@@ -258,6 +262,22 @@ def test_a_message_of_the_ledger_that_nobody_can_read_is_counted_and_changes_not
         assert not fold_ledger(value, (), rebuilt)
     assert rebuilt.tally.charges == 0
     assert not rebuilt.scopes
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        halt(1),
+        halt(2, measure=None, cause=None, window=None, expires_at=START + timedelta(days=1)),
+        halt(3, action="degrade", degrade=Degrade(models={"z": "a"}, max_output_tokens=100)),
+        halt(4, action="degrade", degrade=Degrade(models={}), by="ada", reason="too dear", budget_version=7),
+        halt(5, action="resume", measure=None, cause=None, window=None, expires_at=None),
+    ],
+    ids=["halt", "bare", "degrade", "degrade to nothing", "resume"],
+)
+def test_a_command_read_from_the_trail_is_the_one_that_was_written(command: Command) -> None:
+    _, row = entry_row(command_entry(command, 0), Place(COMMANDS.name, 0, 0, 0))
+    assert _command({name: 0 if value is None else value for name, value in row.items()}) == command
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
