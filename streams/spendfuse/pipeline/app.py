@@ -22,6 +22,7 @@ from spendfuse.pipeline.refusal import Ends, KafkaEnds, ending
 from spendfuse.pipeline.register import Register
 from spendfuse.pipeline.rollup import RollupStage
 from spendfuse.pipeline.services import KafkaOutbox, Services
+from spendfuse.pipeline.topics import CHANGELOG_CONFIGS
 from spendfuse.pipeline.violations import Violations
 from spendfuse.settings import BrokerSettings, ClockSettings, WorkerSettings
 from spendfuse.wire.topics import PACKED, ROLLUPS, Topic
@@ -177,7 +178,14 @@ def _agents(
     ends: Ends,
 ) -> tuple[MeterStage, RollupStage]:
     def table(name: str) -> FaustTable:
-        return FaustTable(app.Table(name, key_type=bytes, value_type=bytes, partitions=settings.partitions), outbox)
+        made = app.Table(
+            name,
+            key_type=bytes,
+            value_type=bytes,
+            partitions=settings.partitions,
+            extra_topic_configs=CHANGELOG_CONFIGS,
+        )
+        return FaustTable(made, outbox)
 
     def generation() -> int:
         number: int = app.consumer_generation_id

@@ -28,6 +28,7 @@ from spendfuse.pipeline.rebuild_mark import KEY, mark_topic
 from spendfuse.pipeline.records import Delivery
 from spendfuse.pipeline.routing import state_key
 from spendfuse.pipeline.services import KafkaOutbox
+from spendfuse.pipeline.topics import CHANGELOG_CONFIGS
 from spendfuse.settings import BrokerSettings, WorkerSettings
 from spendfuse.wire.control import Heartbeat
 from spendfuse.wire.topics import BUDGETS, HEARTBEATS, PRICES, Topic
@@ -195,7 +196,7 @@ async def _ensure_topics(admin: Any, settings: WorkerSettings) -> None:
             name=name,
             num_partitions=partitions,
             replication_factor=settings.replication,
-            topic_configs={"cleanup.policy": "compact"},
+            topic_configs=CHANGELOG_CONFIGS,
         )
         for name, partitions in wanted.items()
         if name not in existing
