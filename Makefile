@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 UV := $(PY) -m uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint generate lock bench bench-audit bench-halt bench-overshoot chaos screenshots clean
+.PHONY: help demo test check lint generate lock bench bench-audit bench-halt bench-overshoot bench-state chaos screenshots clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -56,6 +56,9 @@ bench-halt: $(STAMP) ## halt lag over 1,000 trips beside 1,000 usages/s, by hop 
 
 bench-overshoot: $(STAMP) ## overshoot by concurrency: after the fact, with holds, by LiteLLM; draws docs/images/overshoot.png
 	$(PY) tests/bench/overshoot.py --chart docs/images/overshoot.png
+
+bench-state: $(STAMP) ## memory for each agent and time to recover, at 100,000 agents on a real Kafka (AGENTS=20000 for less)
+	$(PY) tests/bench/state.py --agents $(or $(AGENTS),100000)
 
 chaos: $(STAMP) ## 100 random faults on a real three-node Kafka, then every number compared (needs Java and Maven)
 	$(PY) tests/chaos/chaos.py $(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS))

@@ -198,6 +198,11 @@ class WorkerSettings(Settings):
     usage_ahead_max_s: Annotated[int, Field(ge=0)] = Field(
         300, description="usage dated further in the future goes to the dead letters"
     )
+    state_idle_days: Annotated[int, Field(ge=1, le=3_650)] = Field(
+        35,
+        description="a scope idle for so many days is forgotten once its windows have closed and no order stands; "
+        "never sooner than 14 days and SPENDFUSE_USAGE_AGE_MAX_S",
+    )
     heartbeat_s: Annotated[float, Field(gt=0, le=60)] = Field(2.0, description="interval of heartbeats")
     stale_lag_s: Annotated[int, Field(ge=1, le=86_400)] = Field(
         30, description="usage read so long after it was written: decisions are stale, and heartbeats say so"

@@ -57,7 +57,7 @@ async def test_a_state_record_of_another_version_is_refused(deployed: scenario.D
         await watch.producer.send_and_wait(CHANGELOG, b"\x09future", key=record.key, partition=record.partition)
     said = await asyncio.to_thread(refused, worker)
     assert "codec version b'\\\\t'" in said
-    assert "rebuild the state from the ledger" in said
+    assert "write the state anew with `spendfuse state rebuild`" in said
 
 
 async def test_a_lost_changelog_is_refused(deployed: scenario.Deployment) -> None:
@@ -68,3 +68,4 @@ async def test_a_lost_changelog_is_refused(deployed: scenario.Deployment) -> Non
     await admin.close()
     said = await asyncio.to_thread(refused, worker)
     assert f"{CHANGELOG} does not exist" in said
+    assert "`spendfuse state rebuild` writes the state anew" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,8 @@ from spendfuse.engine.ids import DIGEST_BYTES, SeenIds
 from spendfuse.engine.spend import Hold, Spend
 from spendfuse.engine.state import Fired, Fuse, Part, ScopeState, SharedState
 from spendfuse.pipeline.codec import (
+    READERS,
+    Reader,
     UnreadableStateError,
     decode_scope,
     decode_shared,
@@ -85,9 +88,43 @@ def test_any_bytes_are_a_state_or_are_refused(value: bytes) -> None:
                 decode(version + value)
 
 
-def test_a_version_of_tomorrow_is_refused_with_what_to_do() -> None:
-    with pytest.raises(UnreadableStateError, match="run the version that wrote it, or rebuild"):
-        decode_scope(b"\x02" + encode_scope(ScopeState())[1:])
+@pytest.mark.parametrize("decode", [decode_scope, decode_shared])
+@pytest.mark.parametrize("version", [b"\x00", b"\x02", b"\x09", b"\xff"])
+def test_a_version_that_this_worker_does_not_know_is_refused_with_what_to_do(decode: Any, version: bytes) -> None:
+    with pytest.raises(
+        UnreadableStateError, match=r"run the version that wrote it, or .*`spendfuse state rebuild`"
+    ) as said:
+        decode(version + encode_scope(ScopeState())[1:])
+    assert repr(version) in str(said.value)
+
+
+def test_states_of_two_versions_are_read_side_by_side_during_an_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
+    tomorrow = Reader(
+        lambda value: ScopeState(noted={"tomorrow": len(value)}),
+        lambda value: SharedState(fuses={"t": Fuse(len(value))}),
+    )
+    monkeypatch.setitem(READERS, b"\x02", tomorrow)
+    today = ScopeState(marks={1: 2}, spend=Spend(windows={"run": [1, 2, 3]}, first_us=4, newest_us=5))
+    assert decode_scope(encode_scope(today)) == today
+    assert decode_scope(b"\x02abc") == ScopeState(noted={"tomorrow": 3})
+    assert decode_shared(b"\x02abcd").fuses == {"t": Fuse(4)}
+    with pytest.raises(UnreadableStateError, match=r"reads b'\\x01', b'\\x02'"):
+        decode_scope(b"\x03")
+
+
+SCOPE_V1 = (
+    "01948101029581b26461794055544340313736373537313230309303040581cd012c81019301020381a1639303040501ce000f424081a3627c6392"
+    "0781a177940a14a468616c74c381a16d09"
+)
+SHARED_V1 = "0192810195029581a372756e930102038080040506070881a3627c63920780"
+
+
+def test_a_state_that_the_first_version_wrote_is_read() -> None:
+    spend = Spend({"day@UTC@1767571200": [3, 4, 5]}, {300: {1: [1, 2, 3]}}, {"c": Hold(3, 4, 5)}, 1, 1_000_000)
+    fuses = {"b|c": Fuse(7, {"w": Fired(10, 20, "halt", held=True)})}
+    assert decode_scope(bytes.fromhex(SCOPE_V1)) == ScopeState({1: 2}, spend, fuses, {"m": 9})
+    run = Spend({"run": [1, 2, 3]}, first_us=4, newest_us=5)
+    assert decode_shared(bytes.fromhex(SHARED_V1)) == SharedState({1: Part(2, run, 6, 7, 8)}, {"b|c": Fuse(7)})
 
 
 digests = st.binary(min_size=DIGEST_BYTES, max_size=DIGEST_BYTES)

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.samples import budget, call, cap, driver
 from spendfuse.pipeline.codec import UnreadableStateError
-from spendfuse.pipeline.refusal import Ends, StateMismatchError, ending
+from spendfuse.pipeline.rebuild_mark import RebuildMark
+from spendfuse.pipeline.refusal import Ends, StateMismatchError, ending, refuse_half_rebuilt
 
 if TYPE_CHECKING:
     from spendfuse.testing import PipelineDriver
@@ -93,6 +94,15 @@ async def test_an_end_that_lags_after_a_change_of_leaders_is_asked_for_again_bef
     await ends.vouch(USAGE, 1, 9)
     await ends.vouch(USAGE, 1, 8)
     assert asked == [(USAGE, 1)] * 3, "what is known is not asked for"
+
+
+def test_a_rebuild_that_has_not_ended_is_named_with_its_beginning_and_what_to_run() -> None:
+    mark = RebuildMark(phase="writing", source="clickhouse", at_us=1_800_000_000_000_000)
+    with pytest.raises(StateMismatchError, match=r"began at 2027-01-15T08:00:00.000000Z and has not ended") as said:
+        refuse_half_rebuilt(mark)
+    assert "`spendfuse state rebuild --from clickhouse` again" in str(said.value)
+    refuse_half_rebuilt(mark.model_copy(update={"phase": "done"}))
+    refuse_half_rebuilt(None)
 
 
 def test_the_sentence_reaches_what_ends_the_process() -> None:

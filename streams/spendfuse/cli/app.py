@@ -17,6 +17,7 @@ from spendfuse.cli import (
     incidents,
     keys,
     report,
+    state,
     status,
     topics,
     up,
@@ -74,4 +75,5 @@ keys.register(app)
 audit.register(app)
 audit_admin.register(app)
 report.register(app)
+state.register(app)
 doctor.register(app)

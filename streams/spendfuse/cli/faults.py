@@ -29,6 +29,7 @@ _CODES: Final = {
     "spendfuse.audit.retention.RetentionError": EXIT_FAILED,
     "spendfuse.audit.trail.TrailError": EXIT_FAILED,
     "spendfuse.demo.stage.DemoError": EXIT_FAILED,
+    "spendfuse.pipeline.rebuild.RebuildError": EXIT_FAILED,
     "spendfuse.pipeline.topics.TopicMismatchError": EXIT_SETTINGS,
     "spendfuse.audit.address.AuditNotRunningError": EXIT_UNAVAILABLE,
     "spendfuse.audit.database.DatabaseUnavailableError": EXIT_UNAVAILABLE,

@@ -1,18 +1,14 @@
 """`spendfuse report`: what was spent, by whom, on what; from the trail in ClickHouse."""
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from spendfuse.cli import trail
 from spendfuse.cli.options import STATE_DIR, Json, StateDir, command, examples
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from clickhouse_connect.driver.client import Client
-
     from spendfuse.audit.reports import Chargeback, Period, Report, RunRecord
     from spendfuse.cli.console import Cell
     from spendfuse.cli.target import Target
@@ -115,7 +111,7 @@ def duplicates(
     _one_form(csv=csv, as_json=as_json)
     where = _target(state_dir)
     period, _ = _period(where, month, from_, to)
-    with _asking(where) as client:
+    with trail.asking(where) as client:
         found = read_duplicates(client, period, workspace)
     if csv:
         _write_csv(found.as_csv())
@@ -146,7 +142,7 @@ def run(
     from spendfuse.cli import console
 
     _one_form(csv=csv, as_json=as_json)
-    with _asking(_target(state_dir)) as client:
+    with trail.asking(_target(state_dir)) as client:
         record = read_run(client, run, workspace)
     if csv:
         _write_csv(record.turns.as_csv())
@@ -179,7 +175,7 @@ def chargeback(
     _one_form(csv=csv, as_json=as_json)
     where = _target(state_dir)
     period, now = _period(where, month, from_, to)
-    with _asking(where) as client:
+    with trail.asking(where) as client:
         charged = read_chargeback(client, period, workspace)
     control = charged.control(now)
     if out is not None:
@@ -208,7 +204,7 @@ def _show(
     _one_form(csv=csv, as_json=as_json)
     where = _target(state_dir)
     period, _ = _period(where, month, first, last)
-    with _asking(where) as client:
+    with trail.asking(where) as client:
         found = read(client, name, period, workspace, **parameters)
     if csv:
         _write_csv(found.as_csv())
@@ -248,31 +244,6 @@ def _period(where: "Target", month: str | None, first: str | None, last: str | N
         return Period.month(month or f"{now:%Y-%m}"), now
     except ReportError as error:
         raise usage_error(str(error)) from error
-
-
-@contextmanager
-def _asking(where: "Target") -> "Iterator[Client]":
-    """Give a read client of the deployment's trail; what goes wrong becomes a sentence."""
-    from clickhouse_connect.driver.exceptions import ClickHouseError
-
-    from spendfuse.audit.queries import connect
-    from spendfuse.cli.faults import EXIT_UNAVAILABLE, CliError
-    from spendfuse.settings import AuditSettings
-
-    settings = AuditSettings.from_env(where.env)
-    if where.up is not None and not settings.clickhouse_url:
-        if where.up.clickhouse_directory is None:
-            raise CliError("this `spendfuse up` runs without an audit: start it with one", EXIT_UNAVAILABLE)
-        settings = settings.model_copy(update={"chdb_dir": where.up.clickhouse_directory})
-    client = connect(settings)
-    try:
-        yield client
-    except ClickHouseError as error:
-        raise CliError(
-            f"ClickHouse does not answer the question: {str(error)[:300]}. See `spendfuse doctor`", EXIT_UNAVAILABLE
-        ) from error
-    finally:
-        client.close()
 
 
 def _write_csv(data: bytes) -> None:

@@ -33,7 +33,7 @@ from spendfuse.engine.windows import (
     window_of_key,
 )
 from spendfuse.wire.base import NANOS_MAX, SAFE_INTEGER_MAX, from_us
-from spendfuse.wire.budget import BASIS_POINTS, UNKNOWN_MODEL_CAP, Budget
+from spendfuse.wire.budget import BASIS_POINTS, UNKNOWN_MODEL_CAP, Budget, DegradeRule
 from spendfuse.wire.control import Action, Alert, Cause, Command, CommandWindow, Degrade, Measure
 
 US_PER_MS: Final = 1_000
@@ -171,7 +171,7 @@ def _outlasts(limit: Limit, spend: Spend, held: Held, fuse: Fuse, now_us: int) -
     """Say whether the order a guard obeys stood on calls in flight, and these are no longer there."""
     if not any(fired.held for fired in fuse.fired.values()):
         return False
-    standing = _standing(fuse, now_us)
+    standing = standing_of(fuse, now_us)
     key = max(standing, key=lambda name: standing[name][:2], default=None)
     if key is None or not standing[key].held or standing[key].order.endswith("warn"):
         return False
@@ -192,7 +192,7 @@ def _release(
     price_book: str,
 ) -> None:
     """Withdraw an order that outlasted the calls in flight it stood on; what they still call for takes its place."""
-    standing = _standing(fuse, now_us)
+    standing = standing_of(fuse, now_us)
     told = max(standing.values(), key=lambda fired: fired[:2])
     wanted = _wanted(_crossings(limit, spend, held, now_us, now_us, every_window=True), now_us)
     _clear(fuse, standing)
@@ -204,7 +204,7 @@ def _release(
         )  # fmt: skip
         if wanted is not None:
             _remember(fuse, wanted, now_us)  # it was warned of on the way up
-    elif told.order == _order(limit, wanted.action) and wanted.fraction < told.fraction:
+    elif told.order == order_of(limit, wanted.action) and wanted.fraction < told.fraction:
         _remember(fuse, wanted, now_us)
     else:
         _fire(scope, wanted, fuse, cause, effects, now_us=now_us, price_book=price_book)
@@ -238,16 +238,16 @@ def reconsider(
         budget_id, _, cap_id = key.partition("|")
         if cap_id == UNKNOWN_MODEL_CAP:
             budget = denying.get(budget_id)
-            wanted = _unknown_model_order(budget, price_book) if budget else None
+            wanted = unknown_model_order(budget, price_book) if budget else None
             reason = "prices were changed" if wanted else "the budget was changed"
         else:
             budget, wanted, reason = None, None, "the budget was withdrawn"
-        standing = _standing(fuse, now_us)
+        standing = standing_of(fuse, now_us)
         if any(fired.order != wanted for fired in standing.values()):
             _clear(fuse, standing)
             version = budget.version if budget else 0
             _lift(scope, budget_id, version, cap_id, fuse, effects, now_us, reason, shadow=not _is_live(standing))
-        if not _standing(fuse, now_us) and fuse.seq < _next_seq(0, now_us - SEQ_KEPT_US):
+        if not standing_of(fuse, now_us) and fuse.seq < next_seq(0, now_us - SEQ_KEPT_US):
             del fuses[key]  # not earlier: the budget may come back, and its commands must not be older than these
     return effects or None
 
@@ -263,7 +263,7 @@ def _reconsider_limit(
 ) -> None:
     wanted = _wanted(crossings, now_us)
     fuse = fuses.get(limit.key)
-    standing = {} if fuse is None else _standing(fuse, now_us)
+    standing = {} if fuse is None else standing_of(fuse, now_us)
     strictest = max(standing, key=lambda key: standing[key][:2], default=None)
     budget, cap_id = limit.budget, limit.cap.id
     if fuse is not None and strictest is not None:
@@ -282,7 +282,7 @@ def _reconsider_limit(
                 scope, budget.id, budget.version, cap_id, fuse, effects, now_us, "the budget was changed",
                 shadow=not live,
             )  # fmt: skip
-        if wanted is not None and told.order == _order(limit, wanted.action) and wanted.fraction < told.fraction:
+        if wanted is not None and told.order == order_of(limit, wanted.action) and wanted.fraction < told.fraction:
             _remember(fuse, wanted, now_us)  # the same order, at less of a raised cap: nothing new to say
             return
     if wanted is not None:
@@ -311,9 +311,9 @@ def deny_unknown_model(
         if window.key in fuse.fired or any(fired.until_us > window.end_us for fired in fuse.fired.values()):
             continue
         effects = effects or Effects()
-        order = _unknown_model_order(budget, price_book)
-        _keep(fuse, window.key, Fired(BASIS_POINTS, window.end_us, order), now_us - budget.grace_s * SECOND_US)
-        fuse.seq = _next_seq(fuse.seq, cause.ts_us)
+        order = unknown_model_order(budget, price_book)
+        keep_fired(fuse, window.key, Fired(BASIS_POINTS, window.end_us, order), now_us - budget.grace_s * SECOND_US)
+        fuse.seq = next_seq(fuse.seq, cause.ts_us)
         message = (
             f"{scope} used {model}, which has no price, and budget {budget.id} denies unknown models. "
             f"Add a price, or it resumes {instant(window.end_us, budget.timezone)}."
@@ -427,7 +427,7 @@ def _is_news(crossing: _Crossing, fuse: Fuse, now_us: int) -> bool:
     # An emitter's clock may be ahead, and its usage in a window that has not begun. Both windows' orders have one key,
     # and the last one counts: a lesser one waits until the stricter has run out.
     return crossing.until_us <= now_us or not any(
-        name != key and other[:2] > reach for name, other in _standing(fuse, now_us).items()
+        name != key and other[:2] > reach for name, other in standing_of(fuse, now_us).items()
     )
 
 
@@ -443,7 +443,7 @@ def _fire(
     _remember(fuse, crossing, now_us)
     if prolongs and action == "warn":
         return  # it stands a slot longer; one warning is enough
-    fuse.seq = _next_seq(fuse.seq, cause.ts_us)
+    fuse.seq = next_seq(fuse.seq, cause.ts_us)
     budget, cap = limit.budget, limit.cap
     degrade = None
     if action == "degrade" and cap.degrade is not None:
@@ -500,7 +500,7 @@ def _lift(
     shadow: bool,
     seq_us: int | None = None,
 ) -> None:
-    fuse.seq = _next_seq(fuse.seq, now_us if seq_us is None else seq_us)
+    fuse.seq = next_seq(fuse.seq, now_us if seq_us is None else seq_us)
     command = Command(
         id=_command_id(scope, budget_id, cap_id, version, "", "resume", fuse.seq),
         seq=fuse.seq,
@@ -517,7 +517,7 @@ def _lift(
     effects.alerts.append(_alert(command, now_us, shadow=shadow))
 
 
-def _standing(fuse: Fuse, now_us: int) -> dict[str, Fired]:
+def standing_of(fuse: Fuse, now_us: int) -> dict[str, Fired]:
     """Return what was ordered and has not run out, by window key."""
     return {key: fired for key, fired in fuse.fired.items() if fired.until_us > now_us}
 
@@ -532,34 +532,40 @@ def _clear(fuse: Fuse, standing: Mapping[str, Fired]) -> None:
         del fuse.fired[key]
 
 
-def _order(limit: Limit, action: str | None) -> str:
+def order_of(limit: Limit, action: str | None) -> str:
     """Return what a guard is told, as far as a changed budget may change it."""
-    order = f"{SHADOW if limit.budget.shadow else ''}{action}"
-    if action == "degrade" and limit.cap.degrade is not None:
-        order += " " + _command_id(sorted(limit.cap.degrade.models.items()), limit.cap.degrade.max_output_tokens)[:12]
+    return order_text(action, limit.cap.degrade, shadow=limit.budget.shadow)
+
+
+def order_text(action: str | None, degrade: DegradeRule | Degrade | None, *, shadow: bool) -> str:
+    """Return the action, with a digest of what degrading means."""
+    order = f"{SHADOW if shadow else ''}{action}"
+    if action == "degrade" and degrade is not None:
+        order += " " + _command_id(sorted(degrade.models.items()), degrade.max_output_tokens)[:12]
     return order
 
 
-def _unknown_model_order(budget: Budget, price_book: str) -> str:
+def unknown_model_order(budget: Budget, price_book: str) -> str:
     """Return what a guard is told about an unknown model; other prices may know it."""
     return f"{SHADOW if budget.shadow else ''}halt {price_book}"
 
 
 def _fired(crossing: _Crossing) -> Fired:
     alone = crossing.spend * BASIS_POINTS >= crossing.fraction * crossing.limit.cap.amount
-    return Fired(crossing.fraction, crossing.until_us, _order(crossing.limit, crossing.action), held=not alone)
+    return Fired(crossing.fraction, crossing.until_us, order_of(crossing.limit, crossing.action), held=not alone)
 
 
 def _remember(fuse: Fuse, crossing: _Crossing, now_us: int) -> None:
     """Note that a crossing fired; what its command pushes out is forgotten, so that the next usage says it again."""
     if crossing.window.end_us > now_us:
-        for key, other in _standing(fuse, now_us).items():
+        for key, other in standing_of(fuse, now_us).items():
             if key != crossing.window.key and other.until_us > crossing.until_us:
                 del fuse.fired[key]
-    _keep(fuse, crossing.window.key, _fired(crossing), now_us - crossing.limit.budget.grace_s * SECOND_US)
+    keep_fired(fuse, crossing.window.key, _fired(crossing), now_us - crossing.limit.budget.grace_s * SECOND_US)
 
 
-def _keep(fuse: Fuse, key: str, fired: Fired, closed_us: int) -> None:
+def keep_fired(fuse: Fuse, key: str, fired: Fired, closed_us: int) -> None:
+    """Remember what fired in a window; what had run out by an instant is forgotten, and the oldest beyond the most."""
     for old in [name for name, other in fuse.fired.items() if other.until_us <= closed_us]:
         del fuse.fired[old]
     fuse.fired[key] = fired
@@ -567,7 +573,7 @@ def _keep(fuse: Fuse, key: str, fired: Fired, closed_us: int) -> None:
         del fuse.fired[min(fuse.fired, key=lambda name: fuse.fired[name].until_us)]
 
 
-def _next_seq(last: int, ts_us: int) -> int:
+def next_seq(last: int, ts_us: int) -> int:
     """Return a growing sequence from event time, so that it is the same on a replay and survives a lost state."""
     return min(max(last + 1, ts_us // US_PER_MS * SEQ_PER_MS), SAFE_INTEGER_MAX)
 

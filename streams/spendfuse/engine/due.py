@@ -1,6 +1,10 @@
 """Which names must be looked at again, and when: a heap with one entry that counts for each name."""
 
 from heapq import heappop, heappush
+from typing import Final
+
+STALE_MAX: Final = 1_000
+"""Most entries of the heap, beside as many again as there are names, that an earlier instant has outdated."""
 
 
 class Due:
@@ -16,6 +20,8 @@ class Due:
         if known is None or at_us < known:
             self._at[name] = at_us
             heappush(self._heap, (at_us, name))
+            if len(self._heap) > 2 * len(self._at) + STALE_MAX:
+                self._heap = sorted((at, watched) for watched, at in self._at.items())
 
     def take(self, now_us: int) -> list[str]:
         """Return the names whose instant has come, and forget them."""

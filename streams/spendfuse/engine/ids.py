@@ -15,6 +15,9 @@ from spendfuse.wire.usage import Usage
 DIGEST_BYTES: Final = 12
 SLOTS: Final = 256
 IDS_PER_SLOT: Final = 1_024
+FORMER: Final = (65_535, 0)
+"""The origin of ids taken over from another Kafka: a partition that `usage.v1` cannot have (a deployment has at most
+1,000), so that whatever comes under such an id is a duplicate, and never passes for a replay."""
 _RECORD: Final = struct.Struct(f">{DIGEST_BYTES}sHQ")
 _HEADER: Final = struct.Struct(">Q")
 
@@ -58,13 +61,20 @@ class SeenIds:
 
     def remember(self, digest: bytes, origin: Placed) -> None:
         """Remember a new id; the oldest slot is forgotten when the ring is full."""
+        self._keep(digest, (origin.partition, origin.position))
+
+    def take_over(self, digest: bytes) -> None:
+        """Remember an id that was charged from another Kafka: it is charged no more, wherever it comes from."""
+        self._keep(digest, FORMER)
+
+    def _keep(self, digest: bytes, origin: tuple[int, int]) -> None:
         slot = self.slots.setdefault(self.sequence, [])
         if len(slot) >= IDS_PER_SLOT:
             self.sequence += 1
             self._forget_stale()
             slot = self.slots.setdefault(self.sequence, [])
         slot.append(digest)
-        self.origins[digest] = (origin.partition, origin.position)
+        self.origins[digest] = origin
         self.dirty.add(self.sequence)
 
     def _forget_stale(self) -> None:
@@ -79,6 +89,7 @@ class SeenIds:
         last: dict[int, int] = {}
         for partition, position in self.origins.values():
             last[partition] = max(last.get(partition, 0), position)
+        last.pop(FORMER[0], None)
         return {partition: position >> INDEX_BITS for partition, position in last.items()}
 
     def take_dirty(self) -> dict[int, bytes]:

@@ -131,6 +131,11 @@ class PartitionMeter:
             state = self.states[scope] = self._load(scope) or ScopeState()
         return state
 
+    def forget(self, scope: str) -> None:
+        """Drop a scope from memory; what is stored of it is read back when it is needed."""
+        self.states.pop(scope, None)
+        self.causes.pop(scope, None)
+
     def apply(self, calls: Sequence[Call], policies: Policies, book: PriceBook, now_us: int) -> Outcome:
         """Fold one packed message into the state and return what follows from it.
 

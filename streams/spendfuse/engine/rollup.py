@@ -7,7 +7,7 @@ so that a replay changes nothing.
 from spendfuse.engine.decide import NOBODY, CausedBy, Effects, Held, decide, reconsider
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.remaining import remaining_of
-from spendfuse.engine.spend import Spend, merged
+from spendfuse.engine.spend import RUN_KEY, Spend, merged
 from spendfuse.engine.state import Part, SharedState
 from spendfuse.wire.base import to_us
 from spendfuse.wire.remaining import Remaining
@@ -21,6 +21,8 @@ def apply_rollup(
     known = state.parts.get(rollup.partition)
     if known is not None and rollup.as_of < known.as_of:
         return False, None
+    if known is not None and _began_anew(rollup, known):
+        _carry(state, rollup.partition, known)
     state.parts[rollup.partition] = Part(
         rollup.as_of,
         Spend(rollup.windows, rollup.rolling, {}, rollup.first_us, rollup.newest_us),
@@ -44,6 +46,24 @@ def apply_rollup(
         price_book=price_book,
         every_window=True,
     )
+
+
+def _began_anew(rollup: Rollup, known: Part) -> bool:
+    """Say whether a share no longer holds what it held: its partition had forgotten the scope as idle.
+
+    A cumulative share never loses its first usage, and what comes after the idle bound is younger than all before.
+    """
+    first_us, newest_us = known.spend.first_us, known.spend.newest_us
+    return RUN_KEY in known.spend.windows and bool(first_us) and not 0 < rollup.first_us <= newest_us
+
+
+def _carry(state: SharedState, partition: int, known: Part) -> None:
+    """Keep the run's sum of a share that began anew, under a partition of its own below zero."""
+    place = -1 - partition
+    before = state.parts.get(place)
+    whole = merged([known.spend] if before is None else [known.spend, before.spend])
+    spend = Spend({RUN_KEY: whole.windows[RUN_KEY]}, {}, {}, whole.first_us, whole.newest_us)
+    state.parts[place] = Part(known.as_of, spend)
 
 
 def passed_shared(

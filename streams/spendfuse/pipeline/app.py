@@ -4,17 +4,16 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any, Final
 
 import faust
 from mode import CrashingSupervisor, Service
 
-from spendfuse.adapters import price_book_file
 from spendfuse.client.clock import Clock, ScaledClock, parse_clock
-from spendfuse.client.keys import PublicKey, Signer, Verifier, parse_public_keys
+from spendfuse.engine.idle import bound_us
 from spendfuse.pipeline import faust_cures
-from spendfuse.pipeline.feed import PolicyFeed
+from spendfuse.pipeline.feed import PolicyFeed, price_book_of
+from spendfuse.pipeline.genuine import signer_of, verifier_of
 from spendfuse.pipeline.lag import Reading
 from spendfuse.pipeline.meter import MeterStage, MeterTables
 from spendfuse.pipeline.publish import Publisher
@@ -23,9 +22,9 @@ from spendfuse.pipeline.refusal import Ends, KafkaEnds, ending
 from spendfuse.pipeline.register import Register
 from spendfuse.pipeline.rollup import RollupStage
 from spendfuse.pipeline.services import KafkaOutbox, Services
+from spendfuse.pipeline.topics import CHANGELOG_CONFIGS
 from spendfuse.pipeline.violations import Violations
-from spendfuse.settings import BrokerSettings, ClockSettings, SettingsError, WorkerSettings
-from spendfuse.wire.prices import PriceBookFile
+from spendfuse.settings import BrokerSettings, ClockSettings, WorkerSettings
 from spendfuse.wire.topics import PACKED, ROLLUPS, Topic
 
 RAW: Final = {"key_type": bytes, "value_type": bytes, "key_serializer": "raw", "value_serializer": "raw"}
@@ -62,7 +61,14 @@ class FaustTable:
         self._table.data[key] = value
         return self._send(partition, key, value)
 
-    async def _send(self, partition: int, key: bytes, value: bytes) -> None:
+    def delete(self, partition: int, key: bytes) -> Delivery:
+        """Forget a key, and send its tombstone."""
+        data = self._table.data
+        data.pop(key, None)
+        data._key_partition.pop(key, None)  # noqa: SLF001 - of a recovered key the store would keep this for ever
+        return self._send(partition, key, None)
+
+    async def _send(self, partition: int, key: bytes, value: bytes | None) -> None:
         await (await self._outbox.put(self._topic, key=key, value=value, partition=partition))
 
 
@@ -83,10 +89,10 @@ def create_app(
     clock = parse_clock(clocks.clock)
     app = _faust_app(broker, settings)
     outbox = KafkaOutbox(broker)
-    feed = PolicyFeed(_price_book(settings))
-    signer = _signer(settings)
+    feed = PolicyFeed(price_book_of(settings))
+    signer = signer_of(settings)
     publisher = Publisher(outbox, signer, settings.partitions)
-    register = Register(_verifier(signer, settings))
+    register = Register(verifier_of(signer, settings))
     emitter = f"{settings.app_id}/{socket.gethostname()[:48]}/{os.getpid()}"
     services = Services(
         broker=broker,
@@ -156,38 +162,6 @@ def _credentials(broker: BrokerSettings) -> Any:
     )
 
 
-def _price_book(settings: WorkerSettings) -> PriceBookFile:
-    if not settings.price_book_file:
-        return price_book_file.shipped()
-    return price_book_file.load(Path(settings.price_book_file))
-
-
-def _signer(settings: WorkerSettings) -> Signer | None:
-    key = settings.signing_key.get_secret_value()
-    if key:
-        try:
-            return Signer.parse(key)
-        except ValueError as error:
-            raise SettingsError(f"SPENDFUSE_SIGNING_KEY cannot be used: {error}") from error
-    if settings.unsigned_commands:
-        return None
-    raise SettingsError(
-        "SPENDFUSE_SIGNING_KEY or SPENDFUSE_SIGNING_KEY_FILE must hold the key that signs commands "
-        "(make one with `spendfuse keys new`); SPENDFUSE_UNSIGNED_COMMANDS=true does without, in development only"
-    )
-
-
-def _verifier(signer: Signer | None, settings: WorkerSettings) -> Verifier | None:
-    """Return what knows a genuine command: our own key, and those that operators and former workers sign with."""
-    if signer is None:
-        return None
-    try:
-        further = parse_public_keys(settings.public_keys) if settings.public_keys else {}
-        return Verifier(further | {signer.kid: PublicKey(signer.public_bytes)})
-    except ValueError as error:
-        raise SettingsError(f"SPENDFUSE_PUBLIC_KEYS cannot be used: {error}") from error
-
-
 def _topic(app: Any, topic: Topic, partitions: int) -> Any:
     return app.topic(topic.name, partitions=partitions, internal=False, **RAW)
 
@@ -204,12 +178,20 @@ def _agents(
     ends: Ends,
 ) -> tuple[MeterStage, RollupStage]:
     def table(name: str) -> FaustTable:
-        return FaustTable(app.Table(name, key_type=bytes, value_type=bytes, partitions=settings.partitions), outbox)
+        made = app.Table(
+            name,
+            key_type=bytes,
+            value_type=bytes,
+            partitions=settings.partitions,
+            extra_topic_configs=CHANGELOG_CONFIGS,
+        )
+        return FaustTable(made, outbox)
 
     def generation() -> int:
         number: int = app.consumer_generation_id
         return number
 
+    idle_us = bound_us(settings.state_idle_days, settings.usage_age_max_s)
     meter = MeterStage(
         tables=MeterTables(table("scopes"), table("ids")),
         publisher=publisher,
@@ -218,9 +200,16 @@ def _agents(
         generation=generation,
         violations=violations,
         ends=ends,
+        idle_us=idle_us,
     )
     rollup = RollupStage(
-        table=table("shared"), publisher=publisher, feed=feed, clock=clock, generation=generation, ends=ends
+        table=table("shared"),
+        publisher=publisher,
+        feed=feed,
+        clock=clock,
+        generation=generation,
+        ends=ends,
+        idle_us=idle_us,
     )
 
     async def meter_agent(stream: Any) -> None:

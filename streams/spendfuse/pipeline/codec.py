@@ -1,6 +1,11 @@
-"""How state is written: one version byte, then MessagePack of plain integers and strings."""
+"""How state is written: one version byte, then MessagePack of plain integers and strings.
 
-from typing import Final, TypeVar
+A release reads a version before any release writes it: workers of two neighbouring releases take partitions from each
+other during a rolling upgrade. What no entry of `READERS` reads is refused with words.
+"""
+
+from collections.abc import Callable
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -8,6 +13,7 @@ from spendfuse.engine.spend import Hold, Spend
 from spendfuse.engine.state import Fired, Fuse, Part, ScopeState, SharedState
 
 VERSION: Final = b"\x01"
+"""The version that is written."""
 
 _Windows = dict[str, list[int]]
 _Rolling = dict[int, dict[int, list[int]]]
@@ -67,7 +73,11 @@ def decode_scope(value: bytes) -> ScopeState:
 
     Raises `UnreadableStateError`.
     """
-    plain = _decode(_scope_decoder, value)
+    return _read(value, lambda reader: reader.scope)
+
+
+def _scope_v1(value: bytes) -> ScopeState:
+    plain = _scope_decoder.decode(value)
     return ScopeState(plain.marks, _spend(plain.spend), _fuses(plain.fuses), plain.noted)
 
 
@@ -92,7 +102,11 @@ def decode_shared(value: bytes) -> SharedState:
 
     Raises `UnreadableStateError`.
     """
-    plain = _decode(_shared_decoder, value)
+    return _read(value, lambda reader: reader.shared)
+
+
+def _shared_v1(value: bytes) -> SharedState:
+    plain = _shared_decoder.decode(value)
     parts = {
         partition: Part(
             part.as_of, _spend(part.spend), part.held_nanos, part.held_tokens, part.held_until_us, part.held_steps
@@ -102,16 +116,32 @@ def decode_shared(value: bytes) -> SharedState:
     return SharedState(parts, _fuses(plain.fuses))
 
 
-def _decode(decoder: "msgspec.msgpack.Decoder[_T]", value: bytes) -> _T:
-    if value[:1] != VERSION:
+class Reader(NamedTuple):
+    """How the states of one version are read, without the version byte; raises `msgspec.DecodeError`."""
+
+    scope: Callable[[bytes], ScopeState]
+    shared: Callable[[bytes], SharedState]
+
+
+READERS: Final[dict[bytes, Reader]] = {b"\x01": Reader(_scope_v1, _shared_v1)}
+"""Every version that can be read."""
+
+
+def _read(value: bytes, of: Callable[[Reader], Callable[[bytes], _T]]) -> _T:
+    reader = READERS.get(value[:1])
+    if reader is None:
+        known = ", ".join(repr(version) for version in sorted(READERS))
         raise UnreadableStateError(
-            f"a state record has codec version {value[:1]!r}, and this worker reads {VERSION!r}: "
-            "run the version that wrote it, or rebuild the state from the ledger"
+            f"a state record has codec version {value[:1]!r}, and this worker reads {known}: run the version that "
+            "wrote it, or write the state anew with `spendfuse state rebuild`"
         )
     try:
-        return decoder.decode(value[1:])
+        return of(reader)(value[1:])
     except msgspec.DecodeError as error:
-        raise UnreadableStateError(f"a state record of {len(value)} bytes cannot be read: {error}") from error
+        raise UnreadableStateError(
+            f"a state record of {len(value)} bytes cannot be read ({error}): write the state anew from the ledger with "
+            "`spendfuse state rebuild`"
+        ) from error
 
 
 def _plain_spend(spend: Spend) -> _Spend:

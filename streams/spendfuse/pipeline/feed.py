@@ -1,13 +1,16 @@
 """Budgets and prices in force, followed live from their compacted topics."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
+from spendfuse.adapters import price_book_file
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.prices import PriceBook
 from spendfuse.pipeline.intake import reason
+from spendfuse.settings import WorkerSettings
 from spendfuse.wire.budget import Budget, WorkspaceSettings
 from spendfuse.wire.prices import PriceBookFile, PriceOverride
 
@@ -15,6 +18,13 @@ BUDGETS_MAX: Final = 100_000
 OVERRIDES_MAX: Final = 10_000
 WORKSPACE_KEY: Final = "workspace/"
 _BUDGET_RECORD: Final[TypeAdapter[Budget | WorkspaceSettings]] = TypeAdapter(Budget | WorkspaceSettings)
+
+
+def price_book_of(settings: WorkerSettings) -> PriceBookFile:
+    """Return the price book of the settings, else the one that ships; raises `PriceBookError`."""
+    if not settings.price_book_file:
+        return price_book_file.shipped()
+    return price_book_file.load(Path(settings.price_book_file))
 
 
 def budget_key(record: Budget | WorkspaceSettings) -> str:

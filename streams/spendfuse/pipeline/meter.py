@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from spendfuse.client.clock import Clock
 from spendfuse.engine.call import Call
+from spendfuse.engine.idle import bound_us, scope_is_idle
 from spendfuse.engine.ids import SLOTS, SeenIds
 from spendfuse.engine.meter import Outcome, PartitionMeter
 from spendfuse.engine.state import ScopeState
@@ -26,6 +27,7 @@ from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord, Table
 from spendfuse.pipeline.refusal import Ends
 from spendfuse.pipeline.routing import split_state_key, state_key
+from spendfuse.pipeline.sweep import Sweep
 from spendfuse.pipeline.violations import Violations
 from spendfuse.wire.base import from_us
 from spendfuse.wire.control import Command
@@ -39,7 +41,8 @@ from spendfuse.wire.topics import USAGE
 UNACKED_MAX: Final = 500
 """Most packed messages whose effects are not yet durable; at this many the meter flushes before it reads on."""
 STATES_MAX: Final = 50_000
-"""Most scopes a partition keeps decoded; beyond it, those that are written are dropped and read back when needed."""
+"""Most scopes a worker keeps decoded; beyond it, half of them are dropped, and read back when they are needed."""
+IDLE_US: Final = bound_us(35, 7 * 86_400)
 RECONSIDER_SLICE: Final = 200
 
 
@@ -88,9 +91,15 @@ class MeterStage:
         generation: Callable[[], int],
         violations: Violations,
         ends: Ends | None = None,
+        idle_us: int = IDLE_US,
     ) -> None:
-        """Take the ports; `generation` changes whenever partitions are assigned anew; `ends` vouches for the state."""
+        """Take the ports; `generation` changes whenever partitions are assigned anew; `ends` vouches for the state.
+
+        A scope is forgotten after `idle_us`.
+        """
         self.counters = Counters()
+        self._idle_us = idle_us
+        self._sweep = Sweep(tables.scopes.keys)
         self._ends = ends
         self._tables = tables
         self._publisher = publisher
@@ -168,21 +177,57 @@ class MeterStage:
                 deliveries, self._deliveries = self._deliveries, []
                 # In one step: what is written is what led to `deliveries`, and nothing later.
                 rollups, writes = self._take_dirty()
+                idle = self._take_idle({(partition, key) for _, partition, key, _ in writes})
                 deliveries += [await self._publisher.rollup(rollup) for rollup in rollups]
                 left = self._take_remaining()
-            if not (unacked or deliveries or writes or left):
+            if not (unacked or deliveries or writes or left or idle):
                 return
             deliveries += [await self._publisher.remaining(each) for each in left]
             await asyncio.gather(*deliveries)
             if generation != self._generation():
                 return  # no longer ours: the new owner reads it again, and writes it
-            await asyncio.gather(*(table.write(partition, key, value) for table, partition, key, value in writes))
+            written = [table.write(partition, key, value) for table, partition, key, value in writes]
+            await asyncio.gather(*written, *self._forget(idle))
             if generation == self._generation():
                 for record in unacked:
                     record.ack()
             self.counters.flushes += 1
-            for pending in self._partitions.values():
-                _bound(pending)
+            self._bound()
+
+    def _take_idle(self, written: set[tuple[int, bytes]]) -> list[tuple[int, str]]:
+        """Return scopes that may be forgotten, of the next few; they are dropped from memory."""
+        now_us = self._clock()
+        idle = []
+        for partition, scope in self._sweep.take(now_us):
+            pending, key = self._partitions.get(partition), state_key(partition, scope)
+            value = self._tables.scopes.get(key)
+            if pending is None or value is None or (partition, key) in written:
+                continue
+            state = pending.meter.states.get(scope) or decode_scope(value)
+            if scope_is_idle(scope, state, self._feed.policies, now_us, self._idle_us):
+                pending.meter.forget(scope)
+                idle.append((partition, scope))
+        return idle
+
+    def _forget(self, idle: list[tuple[int, str]]) -> list[Delivery]:
+        """Delete what was idle from the table, unless it has been needed again meanwhile."""
+        return [
+            self._tables.scopes.delete(partition, state_key(partition, scope))
+            for partition, scope in idle
+            if scope not in self._partitions[partition].meter.states
+        ]
+
+    def _bound(self) -> None:
+        decoded = sum(len(pending.meter.states) for pending in self._partitions.values())
+        if decoded <= STATES_MAX:
+            return
+        excess = decoded - STATES_MAX // 2
+        for pending in self._partitions.values():
+            # Those loaded first. What was touched while the flush waited is not in the table yet, so it stays.
+            written = [scope for scope in pending.meter.states if scope not in pending.dirty]
+            for scope in written[: max(0, excess)]:
+                pending.meter.forget(scope)
+            excess -= len(written)
 
     def _take_dirty(self) -> tuple[list[Rollup], list[_Write]]:
         now_us = self._clock()
@@ -243,6 +288,7 @@ class MeterStage:
 
     async def _reconsider_agent(self, partition: int, scope: str) -> None:
         pending = self._pending(partition)
+        in_use = scope in pending.meter.states
         effects = pending.meter.reconsider(scope, self._feed.policies, self._feed.book, self._clock())
         pending.meter.watch(scope)
         if self._feed.policies.of(scope).limits or self._board.knows((partition, scope)):
@@ -251,12 +297,14 @@ class MeterStage:
             pending.dirty.add(scope)
             self._deliveries += await self._publisher.effects(effects)
             self.counters.commands += len(effects.commands)
+        elif not in_use:
+            pending.meter.forget(scope)  # looked at, and no more: not all that is stored fits into memory
 
     def _drop_if_reassigned(self) -> None:
         generation = self._generation()
         if generation != self._current:
             self._partitions, self._unacked, self._deliveries, self._vouched = {}, [], [], set()
-            self._board = Board()
+            self._board, self._sweep = Board(), Sweep(self._tables.scopes.keys)
             self._current = generation
 
     def _pending(self, partition: int) -> _Pending:
@@ -285,7 +333,10 @@ class MeterStage:
                 try:
                     seen.restore(value)
                 except ValueError as error:
-                    raise UnreadableStateError(f"slot {slot} of partition {partition}: {error}") from error
+                    raise UnreadableStateError(
+                        f"slot {slot} of partition {partition}: {error}. Write the state anew from the ledger with "
+                        "`spendfuse state rebuild`"
+                    ) from error
         return PartitionMeter(partition, load, seen)
 
     def _count(self, outcome: Outcome, usages: int) -> None:
@@ -295,15 +346,6 @@ class MeterStage:
         counters.replays += outcome.replays
         counters.duplicates += outcome.duplicates
         counters.commands += len(outcome.effects.commands)
-
-
-def _bound(pending: _Pending) -> None:
-    states = pending.meter.states
-    if len(states) > STATES_MAX:
-        # What was touched while the flush waited is not in the table yet, so it stays.
-        for scope in [scope for scope in states if scope not in pending.dirty]:
-            del states[scope]
-            pending.meter.causes.pop(scope, None)
 
 
 def _decisions(shadow: list[Command], record: SourceRecord, now_us: int) -> list[LedgerEntry]:

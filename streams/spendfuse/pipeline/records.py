@@ -29,7 +29,7 @@ class Outbox(Protocol):
         topic: str,
         *,
         key: bytes,
-        value: bytes,
+        value: bytes | None,
         partition: int | None = None,
         headers: Headers = (),
     ) -> Delivery:
@@ -50,4 +50,8 @@ class Table(Protocol):
 
     def write(self, partition: int, key: bytes, value: bytes) -> Delivery:
         """Set a key and return the delivery of its changelog record."""
+        ...
+
+    def delete(self, partition: int, key: bytes) -> Delivery:
+        """Forget a key and return the delivery of the tombstone that says so in the changelog."""
         ...

@@ -14,7 +14,9 @@ from aiokafka import TopicPartition
 
 from spendfuse.client.connection import Consumer, consumer_options
 from spendfuse.pipeline.codec import UnreadableStateError
+from spendfuse.pipeline.rebuild_mark import RebuildMark, mark_topic, read_mark
 from spendfuse.settings import BrokerSettings
+from spendfuse.wire.base import from_us, rfc3339
 from spendfuse.wire.topics import PACKED, ROLLUPS
 
 EXIT_REFUSED: Final = 65
@@ -24,7 +26,9 @@ TRIES: Final = 5
 TRY_AGAIN_S: Final = 1.0
 FETCH_MS: Final = 2_000
 ANSWER_S: Final = 30.0
+STOP_S: Final = 2.0
 WAY_ON: Final = "see streams/README.md, 'When state and topics do not fit'"
+REBUILD: Final = "`spendfuse state rebuild` writes the state anew from the ledger"
 TABLES: Final = {"scopes": PACKED.name, "shared": ROLLUPS.name}
 """Tables, and the topic whose reading fills them. Remembered ids are not among them: a call in flight leaves none."""
 
@@ -73,14 +77,23 @@ class KafkaEnds:
         async with asyncio.timeout(ANSWER_S):
             await consumer.start()
             try:
-                return await _end(consumer, TopicPartition(topic, partition))
+                return await end_of(consumer, TopicPartition(topic, partition))
             finally:
-                await consumer.stop()
+                await stop(consumer)
 
 
-async def _end(consumer: Any, place: TopicPartition) -> int:
+async def stop(consumer: Any) -> None:
+    """Stop a consumer, and wait no longer than a while: with a fetch on its way aiokafka may wait for ever."""
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(consumer.stop(), STOP_S)
+
+
+async def end_of(consumer: Any, place: TopicPartition) -> int:
+    """Return the offset of a partition's next record."""
     consumer.assign([place])
     end: int = (await consumer.end_offsets([place]))[place]
+    if not end:
+        return 0
     # The embedded broker answers with the base of the last batch; what a fetch says is right everywhere.
     consumer.seek(place, max(0, end - 1))
     await consumer.getmany(place, timeout_ms=FETCH_MS, max_records=1)
@@ -94,6 +107,8 @@ async def check_changelogs(broker: BrokerSettings, app_id: str, partitions: int)
         await consumer.start()
         try:
             existing = await consumer.topics()
+            if mark_topic(app_id) in existing:
+                refuse_half_rebuilt(await read_mark(consumer, app_id))
             # Ids are written with the sums of their call: where they are and sums are not, those were lost. That is
             # known without the group's offsets, which a broker may forget.
             ids = f"{app_id}-ids-changelog"
@@ -108,10 +123,19 @@ async def check_changelogs(broker: BrokerSettings, app_id: str, partitions: int)
                     proof = f"the group {app_id} has read {source} up to offset {read}" if read else f"{ids} holds ids"
                     raise StateMismatchError(
                         f"{proof}, and {changelog} {lost}: the changelog was lost, and every sum would begin at zero. "
-                        f"{WAY_ON}"
+                        f"{REBUILD}; {WAY_ON}"
                     )
         finally:
-            await consumer.stop()
+            await stop(consumer)
+
+
+def refuse_half_rebuilt(mark: RebuildMark | None) -> None:
+    """Return unless a rebuild began and did not end; raises `StateMismatchError`."""
+    if mark is not None and mark.phase == "writing":
+        raise StateMismatchError(
+            f"a rebuild of the state from {mark.source} began at {rfc3339(from_us(mark.at_us))} and has not ended: "
+            f"the tables hold a part of it. Run `spendfuse state rebuild --from {mark.source}` again; {WAY_ON}"
+        )
 
 
 async def _read_so_far(consumer: Any, topic: str, partitions: int) -> int:

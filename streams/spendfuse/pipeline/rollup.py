@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from spendfuse.client.clock import Clock
 from spendfuse.engine.due import Due
+from spendfuse.engine.idle import bound_us, shared_is_idle
 from spendfuse.engine.remaining import rolls_at
 from spendfuse.engine.rollup import apply_rollup, passed_shared, reconsider_shared, remaining_shared
 from spendfuse.engine.spend import merged
@@ -23,6 +24,7 @@ from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord, Table
 from spendfuse.pipeline.refusal import Ends
 from spendfuse.pipeline.routing import split_state_key, state_key
+from spendfuse.pipeline.sweep import Sweep
 from spendfuse.wire.base import from_us
 from spendfuse.wire.ledger import LedgerEntry
 from spendfuse.wire.remaining import Remaining
@@ -33,6 +35,7 @@ UNACKED_MAX: Final = 2_000
 """Most rollups whose effects are not yet durable; at this many the stage flushes before it reads on."""
 STATES_MAX: Final = 20_000
 """Most shared scopes kept decoded; beyond it, those that are written are dropped and read back when needed."""
+IDLE_US: Final = bound_us(35, 7 * 86_400)
 RECONSIDER_SLICE: Final = 200
 LAST_US: Final = 253_370_764_800_000_000
 """The year 9999, in microseconds since the epoch."""
@@ -51,9 +54,17 @@ class RollupStage:
         clock: Clock,
         generation: Callable[[], int],
         ends: Ends | None = None,
+        idle_us: int = IDLE_US,
     ) -> None:
-        """Take the ports; `generation` changes whenever partitions are assigned anew; `ends` vouches for the state."""
+        """Take the ports; `generation` changes whenever partitions are assigned anew; `ends` vouches for the state.
+
+        A scope is forgotten after `idle_us`.
+        """
         self._ends = ends
+        self._idle_us = idle_us
+        self._sweep = Sweep(table.keys)
+        # Known to be assigned: a table also holds keys of partitions that have left, which are not ours to delete.
+        self._ours: set[int] = set()
         self._table = table
         self._publisher = publisher
         self._feed = feed
@@ -75,6 +86,7 @@ class RollupStage:
         """Take in one partition's share of one scope."""
         async with self._changing:
             self._drop_if_reassigned()
+            self._ours.add(record.partition)
             self._deliveries += await self._take_in(record)
             self._unacked.append(record)
         if len(self._unacked) >= UNACKED_MAX:
@@ -167,19 +179,38 @@ class RollupStage:
                 # In one step: what is written is what led to `deliveries`, and nothing later.
                 writes = [(key, encode_shared(self._states[key])) for key in dirty]
                 left = self._take_remaining()
-            if not (unacked or deliveries or writes or left):
+                idle = self._take_idle(dirty)
+            if not (unacked or deliveries or writes or left or idle):
                 return
             deliveries += [await self._publisher.remaining(each) for each in left]
             await asyncio.gather(*deliveries)
             if generation != self._generation():
                 return
-            await asyncio.gather(*(self._table.write(key[0], state_key(*key), value) for key, value in writes))
+            written = [self._table.write(key[0], state_key(*key), value) for key, value in writes]
+            # Unless it has been needed again meanwhile.
+            gone = [self._table.delete(name[0], state_key(*name)) for name in idle if name not in self._states]
+            await asyncio.gather(*written, *gone)
             if generation == self._generation():
                 for record in unacked:
                     record.ack()
             if len(self._states) > STATES_MAX:
                 self._states = {key: self._states[key] for key in self._dirty}
                 self._as_of_ms = {key: at for key, at in self._as_of_ms.items() if key in self._states}
+
+    def _take_idle(self, written: set[Name]) -> list[Name]:
+        """Return scopes that may be forgotten, of the next few; they are dropped from memory."""
+        now_us = self._clock()
+        idle = []
+        for name in self._sweep.take(now_us):
+            value = self._table.get(state_key(*name))
+            if value is None or name in written or name[0] not in self._ours:
+                continue
+            state = self._states.get(name) or decode_shared(value)
+            if shared_is_idle(name[1], state, self._feed.policies, now_us, self._idle_us):
+                self._states.pop(name, None)
+                self._as_of_ms.pop(name, None)
+                idle.append(name)
+        return idle
 
     async def reconsider(self, owned: set[int]) -> None:
         """Judge every shared scope of the partitions owned again, after budgets changed.
@@ -194,11 +225,14 @@ class RollupStage:
                     if generation != self._generation():
                         return
                     self._drop_if_reassigned()
+                    self._ours.add(partition)
                     await self._reconsider_scope(partition, scope)
             if nth % RECONSIDER_SLICE == 0:
                 await asyncio.sleep(0)  # a trip meanwhile must not wait for the end of the list
 
     async def _reconsider_scope(self, partition: int, scope: str) -> None:
+        name = (partition, scope)
+        in_use = name in self._states
         effects = reconsider_shared(
             scope,
             self._state(partition, scope),
@@ -206,13 +240,14 @@ class RollupStage:
             now_us=self._clock(),
             price_book=self._feed.book.version,
         )
-        name = (partition, scope)
         self._watch(name, self._state(partition, scope), self._clock())
         if self._feed.policies.of(scope).limits or self._board.knows(name):
             self._board.touch(name)
         if effects is not None:
             self._dirty.add(name)
             self._deliveries += await self._publisher.effects(effects)
+        elif not in_use:
+            del self._states[name]  # looked at, and no more: not all that is stored fits into memory
 
     def _state(self, partition: int, scope: str) -> SharedState:
         key = (partition, scope)
@@ -227,6 +262,7 @@ class RollupStage:
         if generation != self._current:
             self._states, self._dirty, self._unacked, self._deliveries = {}, set(), [], []
             self._board, self._due, self._as_of_ms = Board(), Due(), {}
+            self._sweep, self._ours = Sweep(self._table.keys), set()
             self._current = generation
 
 

@@ -69,7 +69,7 @@ class KafkaOutbox:
             await producer.stop()
 
     async def put(
-        self, topic: str, *, key: bytes, value: bytes, partition: int | None = None, headers: Headers = ()
+        self, topic: str, *, key: bytes, value: bytes | None, partition: int | None = None, headers: Headers = ()
     ) -> Delivery:
         """Hand over a record; the result is done when all replicas have it."""
         if self._producer is None:

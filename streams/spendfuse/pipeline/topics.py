@@ -11,6 +11,13 @@ from spendfuse.settings import BrokerSettings
 from spendfuse.wire.topics import TOPICS, Topic
 
 CLIENT_ID: Final = "spendfuse-topics"
+CHANGELOG_CONFIGS: Final = {
+    "cleanup.policy": "compact",
+    "segment.bytes": str(16 * 1_048_576),
+    "min.cleanable.dirty.ratio": "0.2",
+}
+"""Settings of the tables' changelogs. The segment that is written to is never compacted, and a restart reads all of it:
+by default that is 1 GiB of a partition, however few keys it has."""
 TOPIC_ALREADY_EXISTS: Final = TopicAlreadyExistsError.errno
 
 

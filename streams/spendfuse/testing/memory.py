@@ -19,12 +19,12 @@ class PowerCutError(Exception):
 
 
 class ChangelogRecord(NamedTuple):
-    """One durable write of a table."""
+    """One durable write of a table; without a value it is a tombstone."""
 
     table: str
     partition: int
     key: bytes
-    value: bytes
+    value: bytes | None
 
 
 class MemoryTopics:
@@ -128,7 +128,7 @@ class MemoryOutbox:
         self._clock_ms = clock_ms
 
     async def put(
-        self, topic: str, *, key: bytes, value: bytes, partition: int | None = None, headers: Headers = ()
+        self, topic: str, *, key: bytes, value: bytes | None, partition: int | None = None, headers: Headers = ()
     ) -> Delivery:
         """Append a record and return a delivery that is done."""
         self._power.spend()
@@ -146,7 +146,8 @@ class MemoryTable:
         self._name = name
         self._changelog = changelog
         self._power = power
-        self._data = {record.key: record.value for record in changelog if record.table == name}
+        latest = {record.key: record.value for record in changelog if record.table == name}
+        self._data = {key: value for key, value in latest.items() if value is not None}
 
     def get(self, key: bytes) -> bytes | None:
         """Return the value of a key."""
@@ -163,6 +164,13 @@ class MemoryTable:
         self._power.spend()
         self._data[key] = value
         self._changelog.append(ChangelogRecord(self._name, partition, key, value))
+        return delivered(None)
+
+    def delete(self, partition: int, key: bytes) -> Delivery:
+        """Forget a key and write its tombstone, durable at once."""
+        self._power.spend()
+        self._data.pop(key, None)
+        self._changelog.append(ChangelogRecord(self._name, partition, key, None))
         return delivered(None)
 
 
