@@ -253,7 +253,7 @@ def questions() -> dict[str, Callable[[Any], Any]]:
     }
     asked["report agent"] = lambda client: read(client, "agent", MONTH, "acme", team="")
     asked["report chargeback"] = lambda client: read_chargeback(client, MONTH, "acme")
-    asked["report duplicates"] = lambda client: read_duplicates(client, MONTH, "acme")
+    asked["audit duplicates"] = lambda client: read_duplicates(client, MONTH, "acme")
     asked["incidents"] = lambda client: client.query(
         queries.load("incidents"),
         parameters={"workspace": "acme", "id": "", "since": END - timedelta(days=30), "until": END, "limit": 20},
