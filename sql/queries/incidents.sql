@@ -48,23 +48,66 @@ stopped AS (
   WHERE a.action = 'halt' AND a.agent != '' AND a.command_id IN (SELECT command_id FROM halts)
   GROUP BY command_id, seq
 ),
-spent AS (
-  SELECT s.command_id AS command_id, s.seq AS seq, count() AS calls, uniqExact(u.team, u.agent) AS agents,
-    sum(u.tokens) AS tokens, sumMap(map(u.currency, u.cost_nanos)) AS nanos, max(u.occurred_at) AS last_at
-  FROM spans AS s
+(SELECT groupArray((command_id, seq, scope, issued_at, until)) FROM spans) AS stops,
+lasting AS (
+  SELECT stop.1 AS command_id, stop.2 AS seq, stop.3 AS scope, stop.4 AS issued_at, stop.5 AS until
+  FROM (SELECT arrayJoin(stops) AS stop)
+),
+-- By run, agent and hour first: an hour that lies in an incident whole is added as it is, the usage of others one by one.
+hours AS (
+  SELECT workspace, team, agent, root_run, currency, toStartOfHour(occurred_at) AS hour, count() AS calls,
+    sum(input_tokens) + sum(cache_read_tokens) + sum(cache_write_5m_tokens) + sum(cache_write_1h_tokens)
+      + sum(output_tokens) AS tokens,
+    sum(cost_nanos) AS nanos, max(occurred_at) AS last_at
+  FROM usage_events
+  WHERE kind = 'charge' AND toStartOfHour(occurred_at) >= toStartOfHour(arrayMin(stop -> stop.4, stops)) AND notEmpty(stops)
+  GROUP BY workspace, team, agent, root_run, currency, hour
+),
+touched AS (
+  SELECT s.command_id AS command_id, s.seq AS seq, h.workspace AS workspace, h.team AS team, h.agent AS agent,
+    h.root_run AS root_run, h.currency AS currency, h.hour AS hour, h.calls AS calls, h.tokens AS tokens, h.nanos AS nanos,
+    h.last_at AS last_at, h.hour > s.issued_at AND addHours(h.hour, 1) <= s.until AS is_whole
+  FROM lasting AS s
   INNER JOIN (
-    SELECT scope, team, agent, occurred_at, toString(currency) AS currency, cost_nanos,
-      input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens AS tokens
-    FROM usage_events
+    SELECT *, scope
+    FROM hours
     ARRAY JOIN [
       concat('workspace:', workspace),
       concat('team:', workspace, '/', team),
       concat('agent:', workspace, '/', team, '/', agent),
       concat('run:', workspace, '/', root_run)
     ] AS scope
-    WHERE kind = 'charge' AND occurred_at > (SELECT min(issued_at) FROM halts) AND scope IN (SELECT scope FROM halts)
-  ) AS u ON u.scope = s.scope
-  WHERE u.occurred_at > s.issued_at AND u.occurred_at < s.until
+    WHERE scope IN (SELECT scope FROM lasting)
+  ) AS h ON h.scope = s.scope
+  WHERE addHours(h.hour, 1) > s.issued_at AND h.hour < s.until
+),
+spent AS (
+  SELECT command_id, seq, sum(calls) AS calls, uniqExact(team, agent) AS agents, sum(tokens) AS tokens,
+    sumMap(map(currency, nanos)) AS nanos, max(last_at) AS last_at
+  FROM (
+    SELECT command_id, seq, calls, team, agent, tokens, toString(currency) AS currency, nanos, last_at
+    FROM touched WHERE is_whole
+    UNION ALL
+    SELECT s.command_id, s.seq, 1 AS calls, u.team, u.agent, u.tokens, u.currency, u.cost_nanos AS nanos, u.occurred_at
+    FROM lasting AS s
+    INNER JOIN (
+      SELECT scope, team, agent, occurred_at, toString(currency) AS currency, cost_nanos,
+        input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens AS tokens
+      FROM usage_events
+      ARRAY JOIN [
+        concat('workspace:', workspace),
+        concat('team:', workspace, '/', team),
+        concat('agent:', workspace, '/', team, '/', agent),
+        concat('run:', workspace, '/', root_run)
+      ] AS scope
+      WHERE kind = 'charge' AND scope IN (SELECT scope FROM lasting)
+        AND (workspace, team, agent, toStartOfHour(occurred_at), root_run) IN (
+          SELECT workspace, team, agent, hour, root_run FROM touched WHERE NOT is_whole
+        )
+    ) AS u ON u.scope = s.scope
+    WHERE u.occurred_at > s.issued_at AND u.occurred_at < s.until
+      AND NOT (toStartOfHour(u.occurred_at) > s.issued_at AND addHours(toStartOfHour(u.occurred_at), 1) <= s.until)
+  )
   GROUP BY command_id, seq
 ),
 violated AS (

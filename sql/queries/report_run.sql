@@ -1,5 +1,6 @@
 -- What did a run do: tokens by kind, cache hit rate and money on each model? A root run's whole tree; any other run alone.
--- Asked twice, by root run and by run: with OR, neither index leaves anything out.
+-- Asked twice, by root run and by run: with OR, neither leaves anything out. Where its calls lie is asked of the sums by
+-- run first (projection by_run): the hours of its agents are few.
 -- Parameters: workspace String ('' = all); run String.
 -- Units: tokens (disjoint counters); cost_nanos in nano-units of currency; cache_hit_bp in 1/10,000 of all input;
 -- context_max in tokens of input, cached or not; times UTC.
@@ -25,10 +26,20 @@ SELECT
 FROM (
   SELECT * FROM usage_events
   WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND root_run = {run:String}
+    AND (team, agent, toStartOfHour(occurred_at)) IN (
+      SELECT team, agent, toStartOfHour(occurred_at) FROM usage_events
+      WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND root_run = {run:String}
+      GROUP BY team, agent, toStartOfHour(occurred_at)
+    )
   UNION ALL
   SELECT * FROM usage_events
   WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND run = {run:String}
     AND root_run != {run:String}
+    AND (team, agent, toStartOfHour(occurred_at)) IN (
+      SELECT team, agent, toStartOfHour(occurred_at) FROM usage_events
+      WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND run = {run:String} AND root_run != {run:String}
+      GROUP BY team, agent, toStartOfHour(occurred_at)
+    )
 ) AS e
 GROUP BY workspace, provider, model, tier, currency
 ORDER BY workspace, cost_nanos DESC, provider, model, tier, currency

@@ -5,10 +5,21 @@
 WITH
 calls AS (
   SELECT usage_id FROM usage_events
-  WHERE ({workspace:String} = '' OR workspace = {workspace:String}) AND root_run = {run:String}
+  WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND root_run = {run:String}
+    AND (team, agent, toStartOfHour(occurred_at)) IN (
+      SELECT team, agent, toStartOfHour(occurred_at) FROM usage_events
+      WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND root_run = {run:String}
+      GROUP BY team, agent, toStartOfHour(occurred_at)
+    )
   UNION ALL
   SELECT usage_id FROM usage_events
-  WHERE ({workspace:String} = '' OR workspace = {workspace:String}) AND run = {run:String}
+  WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND run = {run:String}
+    AND root_run != {run:String}
+    AND (team, agent, toStartOfHour(occurred_at)) IN (
+      SELECT team, agent, toStartOfHour(occurred_at) FROM usage_events
+      WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND run = {run:String} AND root_run != {run:String}
+      GROUP BY team, agent, toStartOfHour(occurred_at)
+    )
 ),
 answered AS (
   SELECT command_id, seq, minIf(at, state = 'enforced') AS enforced, countIf(state = 'enforced') AS refusals

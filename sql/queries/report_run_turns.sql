@@ -1,5 +1,6 @@
 -- How did a run's context grow? Each of its calls in order; a root run's whole tree, any other run alone.
--- Asked twice, by root run and by run: with OR, neither index leaves anything out.
+-- Asked twice, by root run and by run: with OR, neither leaves anything out. Where its calls lie is asked of the sums by
+-- run first (projection by_run): the hours of its agents are few.
 -- Parameters: workspace String ('' = all); run String; turns UInt32, the most rows wanted.
 -- Units: tokens; context_tokens is input, cached or not; cost_nanos in nano-units of currency; time UTC.
 SELECT
@@ -11,10 +12,20 @@ SELECT
 FROM (
   SELECT * FROM usage_events
   WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND root_run = {run:String}
+    AND (team, agent, toStartOfHour(occurred_at)) IN (
+      SELECT team, agent, toStartOfHour(occurred_at) FROM usage_events
+      WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND root_run = {run:String}
+      GROUP BY team, agent, toStartOfHour(occurred_at)
+    )
   UNION ALL
   SELECT * FROM usage_events
   WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND run = {run:String}
     AND root_run != {run:String}
+    AND (team, agent, toStartOfHour(occurred_at)) IN (
+      SELECT team, agent, toStartOfHour(occurred_at) FROM usage_events
+      WHERE kind = 'charge' AND ({workspace:String} = '' OR workspace = {workspace:String}) AND run = {run:String} AND root_run != {run:String}
+      GROUP BY team, agent, toStartOfHour(occurred_at)
+    )
 )
 ORDER BY turn
 LIMIT {turns:UInt32}

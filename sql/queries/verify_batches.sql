@@ -26,9 +26,12 @@ roots AS (
     if(odd = 0, length(taken), toUInt64(odd - 1)) AS gap,
     taken[odd] AS wrong,
     arrayFold(
-      (a, step) -> arrayMap(
-        i -> if(2 * i <= length(a), SHA256(concat(unhex('01'), a[2 * i - 1], a[2 * i])), a[2 * i - 1]),
-        range(1, intDiv(length(a) + 1, 2) + 1)),
+      (a, step) -> arrayConcat(
+        arrayMap(
+          (left, right) -> SHA256(concat(unhex('01'), left, right)),
+          arrayFilter((x, nth) -> bitAnd(nth, 1) = 1 AND nth < length(a), a, arrayEnumerate(a)),
+          arrayFilter((x, nth) -> bitAnd(nth, 1) = 0, a, arrayEnumerate(a))),
+        if(bitAnd(length(a), 1) = 1, [a[-1]], [])),
       range(toUInt64(ceil(log2(greatest(length(level), 1))))), level)[1] AS root
   FROM trees)
 SELECT

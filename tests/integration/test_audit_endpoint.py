@@ -103,6 +103,51 @@ async def test_the_ordinary_client_binds_streams_describes_and_reads_hostile_str
     await asyncio.to_thread(ask)
 
 
+def row_binary(body: bytes) -> tuple[list[str], list[str], bytes]:
+    """Names, types and the values' bytes of RowBinaryWithNamesAndTypes, in which every length is below 128 here."""
+    texts, place = [], 1
+    for _ in range(2 * body[0]):
+        texts.append(body[place + 1 : place + 1 + body[place]].decode())
+        place += 1 + body[place]
+    return texts[: body[0]], texts[body[0] :], body[place:]
+
+
+async def test_a_client_over_jdbc_such_as_dbeaver_finds_its_tables_and_reads_them(address: Address) -> None:
+    # What clickhouse-jdbc sends, with compress=0 among the connection's properties: a session, basic authentication.
+    said = {
+        "session_id": "dbeaver",
+        "database": "trail",
+        "default_format": "RowBinaryWithNamesAndTypes",
+        "compress": "0",
+    }
+    basic = {"Authorization": "Basic " + base64.b64encode(f"reader:{TOKEN}".encode()).decode()}
+
+    async def ask(statement: str) -> tuple[list[str], list[str], bytes]:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(address.url, params=said, data=statement.encode(), headers=basic) as answer,
+        ):
+            body = await answer.read()
+            assert answer.status == 200, body
+            assert answer.headers["X-ClickHouse-Format"] == "RowBinaryWithNamesAndTypes"
+            return row_binary(body)
+
+    names, types, _ = await ask("SELECT timezone() AS timezone, version() AS version")
+    assert (names, types) == (["timezone", "version"], ["String", "String"])
+    _, _, tables = await ask("SELECT name FROM system.tables WHERE database = 'trail' AND name LIKE 'usage%'")
+    assert tables == b"\x0cusage_events"
+    names, _, _ = await ask("SELECT name, type FROM system.columns WHERE database = 'trail' AND table = 'usage_events'")
+    assert names == ["name", "type"]
+    _, types, count = await ask("SELECT count() AS calls FROM usage_events")
+    assert (types, int.from_bytes(count, "little")) == (["UInt64"], len(ENTRIES))
+    _, _, over = await ask("SELECT sum(calls) FROM spend_over(since = 0, until = 4000000000)")
+    assert int.from_bytes(over, "little") == len(ENTRIES)
+    said["compress"] = "1"
+    status, code, text = await post(address, "SELECT 1", params=said)
+    assert (status, code) == (400, "36")
+    assert "compress" in text, "it says which property to change"
+
+
 @pytest.mark.parametrize(
     ("user", "key"),
     [

@@ -340,7 +340,7 @@ async def test_calls_that_were_charged_again_are_found_with_what_they_cost(
     assert ask is not None, "the endpoint is up"
 
     async def run(*words: str) -> Any:
-        return await asyncio.to_thread(CliRunner().invoke, app, ["report", "duplicates", *words])
+        return await asyncio.to_thread(CliRunner().invoke, app, ["audit", "duplicates", *words])
 
     found = await run("--month", "2025-03", "--json")
     assert found.exit_code == 1, found.stderr

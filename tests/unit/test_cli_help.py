@@ -30,7 +30,7 @@ COMMANDS = {
     "audit verify", "audit prove", "audit export",
     "audit retention", "audit rebuild", "audit subject-key", "audit forget", "audit roles",
     "report wallet", "report team", "report agent", "report run", "report workflow", "report models",
-    "report chargeback", "report duplicates", "state rebuild",
+    "report chargeback", "audit duplicates", "state rebuild",
 }  # fmt: skip
 
 

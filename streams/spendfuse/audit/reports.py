@@ -322,7 +322,7 @@ def read_duplicates(client: "Client", period: Period, workspace: str = "") -> Re
     shards = -(-int(control["calls"]) // CALLS_PER_SHARD)
     found: list[Row] = []
     for shard in range(shards):
-        found += _ask(client, "report_duplicates", {**bounds, "shard": shard, "shards": shards})
+        found += _ask(client, "duplicates", {**bounds, "shard": shard, "shards": shards})
     found.sort(key=lambda row: (row["workspace"], row["currency"], -int(row["cost_nanos"]), row["usage_id"]))
     return Report("duplicates", tuple(found[:DUPLICATES_MAX]))
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from spendfuse.cli import trail
+from spendfuse.cli.audit import audit
 from spendfuse.cli.options import STATE_DIR, Json, StateDir, command, examples
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def register(app: typer.Typer) -> None:
     command(report, run, "spendfuse report run weekly-report-0047", "spendfuse report run weekly-report-0047 --csv")
     command(report, workflow, "spendfuse report workflow --month 2026-11")
     command(report, models, "spendfuse report models --from 2026-11-01")
-    command(report, duplicates, "spendfuse report duplicates", "spendfuse report duplicates --month 2026-11 --json")
+    # No report: it reads every row of the period, and finds what should not be there.
+    command(audit, duplicates, "spendfuse audit duplicates", "spendfuse audit duplicates --month 2026-11 --json")
     command(
         report, chargeback,
         "spendfuse report chargeback --month 2026-11",
