@@ -118,8 +118,8 @@ class GroupReader:
         self._topics = list(topics)
         self._committed_at = 0.0
 
-    async def run(self, handle: Callable[[list[ConsumerRecord]], Any]) -> None:
-        """Read, handle, commit, for ever."""
+    async def run(self, handle: Callable[[list[list[ConsumerRecord]]], Any]) -> None:
+        """Read, handle (what was read, by partition), commit, for ever."""
         consumer = Consumer(group_id=self._group, **consumer_options(self._broker, self._group))
         consumer.subscribe(self._topics, listener=_Joined(self.joined))
         try:
@@ -127,8 +127,8 @@ class GroupReader:
             self._consumer = consumer
             while True:
                 batches = await consumer.getmany(timeout_ms=POLL_MS, max_records=self._records_max)
-                for records in batches.values():
-                    await handle(records)
+                if batches:
+                    await handle(list(batches.values()))
                 await self._commit(consumer)
         finally:
             self._consumer = None
@@ -257,8 +257,9 @@ class Services:
         log.info("ready", budgets=len(self._feed.policies.budgets), price_book=self._feed.book.version)
         self._set_ready_file(present=True)
 
-    async def _take_in(self, records: list[ConsumerRecord]) -> None:
-        sources = [source_record(record) for record in records]
+    async def _take_in(self, batches: list[list[ConsumerRecord]]) -> None:
+        # Of all partitions together: a round waits for its acknowledgements, so one for each would wait so many times.
+        sources = [source_record(record) for records in batches for record in records]
         now_us = self._clock()
         for each in rounds(sources, self._settings.partitions, self._limits, now_us):
             sent = await self._publisher.round(each, self._emitter, now_us)
@@ -270,14 +271,15 @@ class Services:
         """Copy control records into the ledger for ever."""
         await self._recorder.run(self._record)
 
-    async def _record(self, records: list[ConsumerRecord]) -> None:
-        sources = [source_record(record) for record in records]
-        deliveries, refused = await recorder.record(
-            sources, self._publisher, self._settings.partitions, self._clock(), self._register
-        )
-        await asyncio.gather(*deliveries)
-        for source, fault in refused:
-            log.warning("refused", topic=source.topic, offset=source.offset, reason=fault)
+    async def _record(self, batches: list[list[ConsumerRecord]]) -> None:
+        for records in batches:
+            sources = [source_record(record) for record in records]
+            deliveries, refused = await recorder.record(
+                sources, self._publisher, self._settings.partitions, self._clock(), self._register
+            )
+            await asyncio.gather(*deliveries)
+            for source, fault in refused:
+                log.warning("refused", topic=source.topic, offset=source.offset, reason=fault)
 
     async def heartbeats(self) -> None:
         """Give a sign of life for ever."""
