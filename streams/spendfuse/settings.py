@@ -171,7 +171,7 @@ class MeterSettings(Settings):
         description="usages held while the broker is away; the oldest are dropped beyond it, and counted",
     )
     meter_linger_ms: Annotated[int, Field(ge=0, le=10_000)] = Field(
-        10, description="how long usages are collected into one message"
+        10, description="how long usages are collected into one message, behind one that was sent at once"
     )
     meter_flush_timeout_s: Annotated[float, Field(ge=0, le=600)] = Field(
         5.0, description="longest a process waits at its end for what is buffered"

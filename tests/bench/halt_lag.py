@@ -5,7 +5,7 @@
 A loader emits `--rate` usages a second of other agents meanwhile. Both processes read one machine's clock.
 By hop: `emit` from the record to its Kafka timestamp (the meter's linger), `decide` from there to the command's issue
 (broker, intake, broker, meter), `obey` from there until `check()` raises (broker, guard, and half a millisecond of the
-agent's own pause between two checks).
+agent's own pause between two checks). Also what `check()` costs an agent that may go on.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import asyncio
 import multiprocessing
 import os
 import time
+import timeit
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -27,6 +28,8 @@ from spendfuse.wire.budget import Budget, Cap, WindowSpec
 
 READY_S = 20.0
 TRIP_S = 20.0
+CHECKS = 200_000
+CHECK_ROUNDS = 5
 
 
 class Trip(NamedTuple):
@@ -48,12 +51,14 @@ class Seen(NamedTuple):
 
 
 def guard_process(pipe: Connection) -> None:
-    """For each agent named through the pipe: say when the guard is live, then how it was halted."""
+    """Say what `check` costs; then, for each agent named through the pipe, when its guard is live and how it halted."""
+    with Guard.from_env(workspace="acme", team="research", agent="nobody", run="r") as guard:
+        _until_live(guard)
+        rounds = timeit.repeat(guard.check, number=CHECKS, repeat=CHECK_ROUNDS)
+    pipe.send(min(rounds) / CHECKS * 1e9)
     while (agent := pipe.recv()) is not None:
         with Guard.from_env(workspace="acme", team="research", agent=agent, run="r") as guard:
-            deadline = time.monotonic() + READY_S
-            while guard.state is not GuardState.LIVE and time.monotonic() < deadline:
-                time.sleep(0.005)
+            _until_live(guard)
             pipe.send(guard.state.value)
             deadline = time.monotonic() + TRIP_S
             seen = None
@@ -64,6 +69,12 @@ def guard_process(pipe: Connection) -> None:
                 except Halted as halted:
                     seen = _seen(halted)
             pipe.send(seen)
+
+
+def _until_live(guard: Guard) -> None:
+    deadline = time.monotonic() + READY_S
+    while guard.state is not GuardState.LIVE and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def _seen(halted: Halted) -> Seen:
@@ -86,8 +97,8 @@ def load_process(rate: int, stop: "multiprocessing.synchronize.Event") -> None:
             time.sleep(0.005)
 
 
-def measure(kind: str, trips: int, rate: int) -> list[Trip]:
-    """Return the trips."""
+def measure(kind: str, trips: int, rate: int) -> tuple[float, list[Trip]]:
+    """Return what a check costs, in nanoseconds, and the trips."""
     context = multiprocessing.get_context("spawn")
     with platform(kind) as run:
         os.environ.update(run.env())
@@ -101,15 +112,19 @@ def measure(kind: str, trips: int, rate: int) -> list[Trip]:
         loader = context.Process(target=load_process, args=(rate, stop), daemon=True)
         with run.worker():
             guard.start()
-            loader.start()
             try:
-                return [_trip(f"agent-{number}", ours) for number in range(trips)]
+                if not ours.poll(READY_S + TRIP_S):
+                    raise SystemExit("the guard's process does not start")
+                check_ns = ours.recv()
+                loader.start()
+                return check_ns, [_trip(f"agent-{number}", ours) for number in range(trips)]
             finally:
                 stop.set()
                 ours.send(None)
                 for process in (guard, loader):
-                    process.join(10)
-                    process.kill()
+                    if process.pid is not None:
+                        process.join(10)
+                        process.kill()
 
 
 def _trip(agent: str, pipe: Connection) -> Trip:
@@ -149,11 +164,14 @@ def main() -> None:
     parser.add_argument("--trips", type=int, default=100)
     parser.add_argument("--rate", type=int, default=1_000)
     given = parser.parse_args()
-    trips = measure(given.broker, given.trips, given.rate)
-    print(f"{given.broker}, {given.trips} trips beside {given.rate} usages/s")
+    began = time.monotonic()
+    check_ns, trips = measure(given.broker, given.trips, given.rate)
+    took_s = time.monotonic() - began
+    print(f"{given.broker}, {given.trips} trips beside {given.rate} usages/s, in {took_s:.0f} s")
     names = {"whole": "halt lag", "emit": " emit", "decide": " decide", "obey": " obey"}
     for field, name in names.items():
         print(line(name, [getattr(trip, field) for trip in trips]))
+    print(f"check() of an agent that may go on: {check_ns:.0f} ns, the best of {CHECK_ROUNDS} rounds of {CHECKS:,}")
 
 
 if __name__ == "__main__":

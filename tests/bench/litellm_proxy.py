@@ -1,7 +1,7 @@
 """A LiteLLM proxy in front of a provider of our own, both on 127.0.0.1: what a budget of its costs and lets through.
 
 Mode: one proxy process with a provider budget (`provider_budget_config`), in memory, as its documentation has it.
-Budgets of its virtual keys need a Postgres and an engine that it downloads, so they cannot be measured here. Without a
+Budgets of its virtual keys need a Postgres and an engine that it downloads, so they cannot be measured here. It has no
 network: its price map is the one that ships, and every proxy variable leads nowhere.
 """
 

@@ -31,7 +31,7 @@ def main() -> None:
             places = [at + (nth - (len(modes) - 1) / 2) * width for at, number in enumerate(numbers) if number in found]
             heights = [found[number] for number in numbers if number in found]
             bars = panel.bar(places, heights, width * 0.94, color=COLOURS[mode], label=names[mode])
-            panel.bar_label(bars, fmt="%.1f", padding=2, fontsize=7.5)
+            panel.bar_label(bars, fmt="%.1f", padding=2, fontsize=6.5)
         panel.set_xticks(range(len(numbers)), [f"N = {number}" for number in numbers])
         panel.set_ylim(0, top)
         panel.set_title(title, loc="left", fontsize=10)

@@ -60,7 +60,8 @@ class Control:
 
     def beat(self, *, ready: bool = True) -> None:
         beat = Heartbeat(emitter="worker-1", ts=datetime.now(UTC), ready=ready, version="0")
-        self.send(HEARTBEATS.name, b"worker-1", encode(beat))
+        name, value = b"worker-1", encode(beat)
+        self.send(HEARTBEATS.name, name, value, [(SIGNATURE_HEADER, SIGNER.sign(HEARTBEATS.name, name, value))])
 
     def acks(self, guard: Guard, count: int) -> list[Ack]:
         """Return the guard's acks, read until there are so many, or the deadline passes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -89,7 +90,7 @@ def left(committed: int, amount: int = 1_000, *, scope: str = AGENT, signer: Sig
 
 def beat(guard: Guard) -> None:
     said = Heartbeat(emitter="w", ts=from_us(guard._clock()), ready=True, version="0")
-    guard._on_heartbeat(Record(HEARTBEATS.name, 0, 0, 0, b"w", encode(said)))
+    guard._on_heartbeat(record(HEARTBEATS.name, "w", encode(said)))
 
 
 def live(guard: Guard) -> Guard:
@@ -123,6 +124,32 @@ def test_silence_makes_it_stale_then_blind_and_after_the_grace_it_halts_until_a_
     one.check()
     time.now += 130
     one.check()  # the grace is whole again: the worker has counted what was used
+
+
+def test_a_forged_or_recorded_heartbeat_is_no_sign_of_life(guard: Callable[..., Guard], time: Time) -> None:
+    one = live(guard(stale_after_s=15, blind_after_s=120))
+    true = Heartbeat(emitter="w", ts=from_us(one._clock()), ready=True, version="0")
+    one._on_heartbeat(record(HEARTBEATS.name, "w", encode(true)))
+    later = true.model_copy(update={"ts": true.ts + timedelta(seconds=20)})
+    ago = Heartbeat(emitter="gone", ts=true.ts - timedelta(days=2), ready=True, version="0")
+    time.now += 20
+    assert one.state is GuardState.STALE
+    refused = [
+        Record(HEARTBEATS.name, 0, 0, 0, b"w", encode(later)),
+        record(HEARTBEATS.name, "w", encode(later), FORGER),
+        record(COMMANDS.name, "w", encode(later))._replace(topic=HEARTBEATS.name),
+        record(HEARTBEATS.name, "other", encode(later)),
+        record(HEARTBEATS.name, "w", b"no heartbeat"),
+    ]
+    repeated = [record(HEARTBEATS.name, "w", encode(true)), record(HEARTBEATS.name, "gone", encode(ago))]
+    for each in (*refused, *repeated, record(HEARTBEATS.name, "w", encode(later))._replace(value=None)):
+        one._on_heartbeat(each)
+        assert one.state is GuardState.STALE
+    assert one.refused == {"heartbeat": len(refused)}
+    one._on_heartbeat(record(HEARTBEATS.name, "w", encode(later)))
+    assert one.state is GuardState.LIVE
+    one._on_heartbeat(record(HEARTBEATS.name, "new", encode(later.model_copy(update={"emitter": "new"}))))
+    assert one.state is GuardState.LIVE
 
 
 def test_the_grace_is_of_tokens_as_well(guard: Callable[..., Guard], time: Time) -> None:

@@ -10,6 +10,7 @@ import { accept, nowUs, Obedience, Refused, scopeOfKey, scopesOf, SIGNATURE_HEAD
 const HEARTBEATS = "spendfuse.heartbeats.v1";
 const ACKS = "spendfuse.acks.v1";
 const ACKS_MAX = 1_000; // acknowledgements that wait for the broker; the oldest are dropped beyond it
+const EMITTERS_MAX = 1_000; // whose last heartbeat is remembered
 const TOPIC_POLL_MS = 500;
 const STOP_TIMEOUT_MS = 5_000;
 
@@ -25,6 +26,12 @@ function setting(name, otherwise) {
   const value = process.env[`SPENDFUSE_${name}`] || otherwise;
   if (value === undefined) throw new Error(`set SPENDFUSE_${name}; README.md says to what`);
   return value;
+}
+
+// The last of a header's values, as bytes.
+function lastOf(header) {
+  const last = Array.isArray(header) ? header.at(-1) : header;
+  return last && Buffer.from(last);
 }
 
 export class Guard {
@@ -48,6 +55,7 @@ export class Guard {
   #high = new Map();
   #read = new Map();
   #lastSign = -Infinity;
+  #beats = new Map(); // emitter -> when its last heartbeat was said
   #listeners = new Set();
 
   static async start(options = {}) {
@@ -187,9 +195,8 @@ export class Guard {
     if (message.key !== null && !this.#obedience.concerns(scopeOfKey(message.key))) return;
     let command;
     try {
-      const header = message.headers?.[SIGNATURE_HEADER];
-      const last = Array.isArray(header) ? header.at(-1) : header;
-      command = accept({ topic: TOPIC, key: message.key, value: message.value, header: last && Buffer.from(last) }, this.#verifier);
+      const header = lastOf(message.headers?.[SIGNATURE_HEADER]);
+      command = accept({ topic: TOPIC, key: message.key, value: message.value, header }, this.#verifier);
     } catch (error) {
       const reason = error instanceof Refused ? error.reason : "invalid";
       this.#count(reason);
@@ -206,8 +213,17 @@ export class Guard {
   }
 
   #heartbeat(message) {
+    if (message.value === null) return;
     try {
+      const key = message.key ?? Buffer.alloc(0);
+      this.#verifier.verify(HEARTBEATS, key, message.value, lastOf(message.headers?.[SIGNATURE_HEADER]));
       const beat = JSON.parse(message.value.toString());
+      if (beat.emitter !== key.toString()) throw new Error("another emitter's");
+      const ts = instantUs(beat.ts);
+      if (ts <= (this.#beats.get(beat.emitter) ?? -Infinity)) return; // recorded and written again: no sign of life
+      if (this.#beats.size >= EMITTERS_MAX) this.#beats.delete(this.#beats.keys().next().value);
+      this.#beats.delete(beat.emitter);
+      this.#beats.set(beat.emitter, ts);
       if (!beat.ready || beat.stale) return;
       const age = this.#synced ? 0 : Math.max(0, Date.now() - Number(message.timestamp));
       this.#lastSign = Math.max(this.#lastSign, performance.now() - age);

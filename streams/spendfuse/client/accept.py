@@ -6,10 +6,10 @@ from pydantic import ValidationError
 
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import BadSignature, Verifier
-from spendfuse.wire.control import Command
+from spendfuse.wire.control import Command, Heartbeat
 from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.signing import SIGNATURE_HEADER
-from spendfuse.wire.topics import COMMANDS, REMAINING
+from spendfuse.wire.topics import COMMANDS, HEARTBEATS, REMAINING
 
 Reason = Literal["tombstone", "topic", "unsigned", "signature", "invalid", "key", "expired", "old", "full"]
 """Why a guard did not obey a record; `old` is a command that a later one of its cap has replaced, or a repetition."""
@@ -36,22 +36,12 @@ def accept(record: Record, verifier: Verifier | None, *, unsigned: bool) -> Comm
     """
     if record.topic != COMMANDS.name:
         raise Refused("topic", f"{record.topic} is not {COMMANDS.name}")
-    if record.value is None:
-        raise Refused("tombstone", "no value")
-    key = record.key or b""
-    header = record.header(SIGNATURE_HEADER)
-    if header is None and not unsigned:
-        raise Refused("unsigned", "no signature")
-    if header is not None and verifier is not None:
-        try:
-            verifier.verify(record.topic, key, record.value, header)
-        except BadSignature as error:
-            raise Refused("signature", str(error)) from None
+    value = _verified(record, verifier, unsigned=unsigned)
     try:
-        command = Command.model_validate_json(record.value)
+        command = Command.model_validate_json(value)
     except ValidationError as error:
         raise Refused("invalid", f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}") from None
-    if command.key.encode() != key:
+    if command.key.encode() != record.key:
         raise Refused("key", "the command is of another scope, budget or cap than its key")
     return command
 
@@ -60,21 +50,43 @@ def accept_remaining(record: Record, verifier: Verifier | None, *, unsigned: boo
     """Return what a record of `remaining.v1` says is left, or raise Refused, by the rules of `accept`."""
     if record.topic != REMAINING.name:
         raise Refused("topic", f"{record.topic} is not {REMAINING.name}")
+    value = _verified(record, verifier, unsigned=unsigned)
+    try:
+        left = Remaining.model_validate_json(value)
+    except ValidationError as error:
+        raise Refused("invalid", f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}") from None
+    if left.key.encode() != record.key:
+        raise Refused("key", "the remaining is of another scope, budget or cap than its key")
+    return left
+
+
+def accept_heartbeat(record: Record, verifier: Verifier | None, *, unsigned: bool) -> Heartbeat:
+    """Return the sign of life in a record of `heartbeats.v1`, or raise Refused, by the rules of `accept`.
+
+    Forged, it would keep a guard from noticing that nobody counts any more.
+    """
+    if record.topic != HEARTBEATS.name:
+        raise Refused("topic", f"{record.topic} is not {HEARTBEATS.name}")
+    value = _verified(record, verifier, unsigned=unsigned)
+    try:
+        heartbeat = Heartbeat.model_validate_json(value)
+    except ValidationError as error:
+        raise Refused("invalid", f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}") from None
+    if heartbeat.emitter.encode() != record.key:
+        raise Refused("key", "the heartbeat is of another emitter than its key")
+    return heartbeat
+
+
+def _verified(record: Record, verifier: Verifier | None, *, unsigned: bool) -> bytes:
+    """Return the value of a record whose signature is right, or missing where it may be."""
     if record.value is None:
         raise Refused("tombstone", "no value")
-    key = record.key or b""
     header = record.header(SIGNATURE_HEADER)
     if header is None and not unsigned:
         raise Refused("unsigned", "no signature")
     if header is not None and verifier is not None:
         try:
-            verifier.verify(record.topic, key, record.value, header)
+            verifier.verify(record.topic, record.key or b"", record.value, header)
         except BadSignature as error:
             raise Refused("signature", str(error)) from None
-    try:
-        left = Remaining.model_validate_json(record.value)
-    except ValidationError as error:
-        raise Refused("invalid", f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}") from None
-    if left.key.encode() != key:
-        raise Refused("key", "the remaining is of another scope, budget or cap than its key")
-    return left
+    return record.value

@@ -23,9 +23,7 @@ from enum import StrEnum
 from time import monotonic
 from typing import Final, Literal, NamedTuple, Self
 
-from pydantic import ValidationError
-
-from spendfuse.client.accept import Reason, Refused, accept, accept_remaining, scope_of
+from spendfuse.client.accept import Reason, Refused, accept, accept_heartbeat, accept_remaining, scope_of
 from spendfuse.client.background import BACKGROUND
 from spendfuse.client.calls import DEADLINE_S, Call, Extract
 from spendfuse.client.clock import Clock, TrustedTime, parse_clock, wall_clock
@@ -41,6 +39,7 @@ from spendfuse.client.meter import Meter
 from spendfuse.client.obey import Obedience, Verdict, expired
 from spendfuse.client.outbox import Message, Outbox
 from spendfuse.client.prices import shipped_book
+from spendfuse.client.signs import Signs
 from spendfuse.client.turns import Turns
 from spendfuse.engine.prices import PriceBook
 from spendfuse.engine.sentences import amount
@@ -54,7 +53,7 @@ from spendfuse.settings import (
 )
 from spendfuse.wire.base import encode, from_us, rfc3339, to_us
 from spendfuse.wire.cloudevents import headers
-from spendfuse.wire.control import Ack, Command, Heartbeat
+from spendfuse.wire.control import Ack, Command
 from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.topics import ACKS, COMMANDS, HEARTBEATS, REMAINING
 from spendfuse.wire.usage import Tokens, Usage
@@ -183,6 +182,7 @@ class Guard:
         self._time = TrustedTime(self._clock)
         self._tokens = 0
         self._grace_from: tuple[float, int] | None = None
+        self._signs = Signs()
         self._started = False
         self._commands_read = self._heartbeats_read = False
         self._last_sign = _NEVER
@@ -739,10 +739,12 @@ class Guard:
 
     def _on_heartbeat(self, record: Record) -> None:
         try:
-            heartbeat = Heartbeat.model_validate_json(record.value or b"")
-        except ValidationError:
-            if record.value is not None:
+            heartbeat = accept_heartbeat(record, self._verifier, unsigned=self._settings.unsigned_commands)
+        except Refused as refusal:
+            if refusal.reason != "tombstone":
                 self._refuse("heartbeat")
+            return
+        if not self._signs.is_news(heartbeat):
             return
         if not heartbeat.ready or heartbeat.stale:
             return

@@ -204,6 +204,7 @@ class Outbox(Generic[T]):
         wake = self._wake
         if wake is None:
             raise RuntimeError("the sender waits before it has started")
+        was_idle = False
         while True:
             with self._lock:
                 wake.clear()
@@ -211,9 +212,11 @@ class Outbox(Generic[T]):
                     hurry = self._hurry
                     break
                 self._hurry = False
-                self._asleep = True
+                self._asleep = was_idle = True
             await wake.wait()
-        if self._linger_s > 0 and not hurry:
+        # What finds the sender idle goes at once: it may be the usage that crosses a cap. What comes meanwhile is
+        # collected.
+        if self._linger_s > 0 and not hurry and not was_idle:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(wake.wait(), self._linger_s)
 

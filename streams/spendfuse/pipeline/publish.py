@@ -11,12 +11,12 @@ from spendfuse.pipeline.register import Kept
 from spendfuse.pipeline.routing import partition_of
 from spendfuse.wire.base import from_us
 from spendfuse.wire.cloudevents import headers as cloud_headers
-from spendfuse.wire.control import Alert, Command
+from spendfuse.wire.control import Alert, Command, Heartbeat
 from spendfuse.wire.ledger import LEDGER_BATCH_MAX
 from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.rollup import Rollup
 from spendfuse.wire.signing import SIGNATURE_HEADER
-from spendfuse.wire.topics import ALERTS, COMMANDS, DEAD_LETTERS, LEDGER, PACKED, REMAINING, ROLLUPS
+from spendfuse.wire.topics import ALERTS, COMMANDS, DEAD_LETTERS, HEARTBEATS, LEDGER, PACKED, REMAINING, ROLLUPS
 
 SOURCE: Final = "//spendfuse/worker"
 INTAKE_SOURCE: Final = "//spendfuse/intake"
@@ -78,6 +78,14 @@ class Publisher:
         if self._signer is not None:
             headers.append((SIGNATURE_HEADER, self._signer.sign(REMAINING.name, key, value)))
         return await self._outbox.put(REMAINING.name, key=key, value=value, partition=0, headers=headers)
+
+    async def heartbeat(self, beat: Heartbeat) -> Delivery:
+        """Publish a sign of life, signed over topic, key and value."""
+        key, value = beat.emitter.encode(), beat.model_dump_json(exclude_none=True).encode()
+        headers = cloud_headers("heartbeat.v1", SOURCE, beat.emitter, beat.ts)
+        if self._signer is not None:
+            headers.append((SIGNATURE_HEADER, self._signer.sign(HEARTBEATS.name, key, value)))
+        return await self._outbox.put(HEARTBEATS.name, key=key, value=value, partition=0, headers=headers)
 
     async def alert(self, alert: Alert) -> Delivery:
         """Publish one alert."""

@@ -31,9 +31,8 @@ from spendfuse.pipeline.records import Delivery, Headers, SourceRecord
 from spendfuse.pipeline.register import Register
 from spendfuse.settings import BrokerSettings, WorkerSettings
 from spendfuse.wire.base import from_us
-from spendfuse.wire.cloudevents import headers as cloud_headers
 from spendfuse.wire.control import Heartbeat
-from spendfuse.wire.topics import BUDGETS, COMMANDS, HEARTBEATS, PRICES, USAGE
+from spendfuse.wire.topics import BUDGETS, COMMANDS, PRICES, USAGE
 
 INTAKE_RECORDS_MAX: Final = 2_000
 RECORDER_RECORDS_MAX: Final = 500
@@ -119,8 +118,8 @@ class GroupReader:
         self._topics = list(topics)
         self._committed_at = 0.0
 
-    async def run(self, handle: Callable[[list[ConsumerRecord]], Any]) -> None:
-        """Read, handle, commit, for ever."""
+    async def run(self, handle: Callable[[list[list[ConsumerRecord]]], Any]) -> None:
+        """Read, handle (what was read, by partition), commit, for ever."""
         consumer = Consumer(group_id=self._group, **consumer_options(self._broker, self._group))
         consumer.subscribe(self._topics, listener=_Joined(self.joined))
         try:
@@ -128,8 +127,8 @@ class GroupReader:
             self._consumer = consumer
             while True:
                 batches = await consumer.getmany(timeout_ms=POLL_MS, max_records=self._records_max)
-                for records in batches.values():
-                    await handle(records)
+                if batches:
+                    await handle(list(batches.values()))
                 await self._commit(consumer)
         finally:
             self._consumer = None
@@ -258,8 +257,9 @@ class Services:
         log.info("ready", budgets=len(self._feed.policies.budgets), price_book=self._feed.book.version)
         self._set_ready_file(present=True)
 
-    async def _take_in(self, records: list[ConsumerRecord]) -> None:
-        sources = [source_record(record) for record in records]
+    async def _take_in(self, batches: list[list[ConsumerRecord]]) -> None:
+        # Of all partitions together: a round waits for its acknowledgements, so one for each would wait so many times.
+        sources = [source_record(record) for records in batches for record in records]
         now_us = self._clock()
         for each in rounds(sources, self._settings.partitions, self._limits, now_us):
             sent = await self._publisher.round(each, self._emitter, now_us)
@@ -271,22 +271,25 @@ class Services:
         """Copy control records into the ledger for ever."""
         await self._recorder.run(self._record)
 
-    async def _record(self, records: list[ConsumerRecord]) -> None:
-        sources = [source_record(record) for record in records]
-        deliveries, refused = await recorder.record(
-            sources, self._publisher, self._settings.partitions, self._clock(), self._register
-        )
-        await asyncio.gather(*deliveries)
-        for source, fault in refused:
-            log.warning("refused", topic=source.topic, offset=source.offset, reason=fault)
+    async def _record(self, batches: list[list[ConsumerRecord]]) -> None:
+        for records in batches:
+            sources = [source_record(record) for record in records]
+            deliveries, refused = await recorder.record(
+                sources, self._publisher, self._settings.partitions, self._clock(), self._register
+            )
+            await asyncio.gather(*deliveries)
+            for source, fault in refused:
+                log.warning("refused", topic=source.topic, offset=source.offset, reason=fault)
 
     async def heartbeats(self) -> None:
         """Give a sign of life for ever."""
+        beat_us = 0
         while True:
             await self._observe_lag()
+            beat_us = max(beat_us + 1, self._clock())  # a guard takes an earlier one for a repetition
             beat = Heartbeat(
                 emitter=self._emitter,
-                ts=from_us(self._clock()),
+                ts=from_us(beat_us),
                 ready=self.ready.is_set() and self.is_live(),
                 version=__version__,
                 price_book=self._feed.book.version,
@@ -295,15 +298,7 @@ class Services:
                 stale=self._staleness.stale,
             )
             with contextlib.suppress(KafkaError):  # the agents' own sends decide whether a broker's absence is fatal
-                await (
-                    await self._outbox.put(
-                        HEARTBEATS.name,
-                        key=self._emitter.encode(),
-                        value=beat.model_dump_json(exclude_none=True).encode(),
-                        partition=0,
-                        headers=cloud_headers("heartbeat.v1", "//spendfuse/worker", self._emitter, beat.ts),
-                    )
-                )
+                await (await self._publisher.heartbeat(beat))
             await asyncio.sleep(self._settings.heartbeat_s)
 
     async def _observe_lag(self) -> None:
