@@ -110,7 +110,7 @@ def _decode(decoder: "msgspec.msgpack.Decoder[_T]", value: bytes) -> _T:
         )
     try:
         return decoder.decode(value[1:])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # msgspec leaves the text of a key to Python
         raise UnreadableStateError(f"a state record of {len(value)} bytes cannot be read: {error}") from error
 
 
