@@ -1,10 +1,13 @@
-"""Two defects of faust-streaming 0.15.3, cured from outside, and the proof that this is the version they are for.
+"""Three defects of faust-streaming 0.15.3, cured from outside, and the proof that this is the version they are for.
 
 1. Recovery loses source events: `Recovery.on_recovery_completed` resumes the source partitions, then awaits a seek,
    then clears the agents' queues; what was queued in between vanishes and is committed. The cure stops the flow
    before it starts; Faust resumes it itself, after its seek.
 2. `fetch_max_wait_ms` is written out as 1500 in the worker's consumer: on a broker that does not wake a waiting
    fetch, every event waits up to that long.
+3. The timer commits while the group rebalances. The broker refuses the old generation, aiokafka forgets the new one and
+   joins again: a second rebalance right after the first, and the partitions stand still for a heartbeat's interval
+   more. The cure lets the timer wait until the rebalance is over; what was acknowledged is committed then.
 """
 
 import hashlib
@@ -13,6 +16,7 @@ from typing import Any, Final
 
 import aiokafka
 from faust.tables.recovery import Recovery
+from faust.transport.consumer import Consumer
 
 RECOVERY_SHA256: Final = "6ef567acf072e46da3fccbccc6d662371f634f622c3d510972d5df81f70ae3ac"
 """Of the source of `Recovery.on_recovery_completed` that the first cure was proved on."""
@@ -20,6 +24,7 @@ FAUST_FETCH_MAX_WAIT_MS: Final = 1_500
 
 _original_recovery_completed = Recovery.on_recovery_completed
 _original_consumer_init = aiokafka.AIOKafkaConsumer.__init__
+_original_commit = Consumer.commit
 
 
 class CureMismatchError(Exception):
@@ -36,8 +41,14 @@ async def _recovery_completed(self: Any, generation_id: int = 0) -> None:
     await _original_recovery_completed(self, generation_id)
 
 
+async def _commit(self: Any, topics: Any = None, start_new_transaction: bool = True) -> bool:
+    if self.app.rebalancing and start_new_transaction:  # False: Faust's own last commit, before it gives up partitions
+        return False
+    return await _original_commit(self, topics, start_new_transaction)
+
+
 def install(fetch_max_wait_ms: int) -> None:
-    """Install both cures; calling it again only changes the fetch wait.
+    """Install the cures; calling it again only changes the fetch wait.
 
     Raises `CureMismatchError` when Faust is not the version they were proved on.
     """
@@ -53,10 +64,12 @@ def install(fetch_max_wait_ms: int) -> None:
         _original_consumer_init(self, *topics, **options)
 
     Recovery.on_recovery_completed = _recovery_completed  # type: ignore[method-assign]  # the cure itself
+    Consumer.commit = _commit  # type: ignore[method-assign]  # the same
     aiokafka.AIOKafkaConsumer.__init__ = consumer_init
 
 
 def uninstall() -> None:
-    """Take both cures out, as a test that must fail without them does."""
+    """Take the cures out, as a test that must fail without them does."""
     Recovery.on_recovery_completed = _original_recovery_completed  # type: ignore[method-assign]  # the same
+    Consumer.commit = _original_commit  # type: ignore[method-assign]  # the same
     aiokafka.AIOKafkaConsumer.__init__ = _original_consumer_init
