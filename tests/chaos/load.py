@@ -46,6 +46,7 @@ class Load:
         self.waiting: dict[int, float] = {}
         self.charged: set[int] = set()
         self.stalls: list[tuple[float, float]] = []
+        self.waits: list[tuple[float, float]] = []
         self._arrived_at = 0.0
         self._chance = chance
         self._recent: deque[bytes] = deque(maxlen=RECENT_MAX)
@@ -126,7 +127,9 @@ class Load:
         self._arrived_at = now
         self.charged.update(numbers)
         for number in numbers:
-            self.waiting.pop(number, None)
+            sent_at = self.waiting.pop(number, now)
+            if now - sent_at > STALL_S:
+                self.waits.append((sent_at, now))
 
 
 def _usage(number: int) -> dict[str, Any]:
