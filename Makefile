@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 UV := $(PY) -m uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint generate lock bench bench-audit bench-halt bench-overshoot bench-state chaos screenshots clean
+.PHONY: help demo test check lint generate lock bench bench-audit bench-halt bench-overshoot bench-state chaos fuzz \
+  screenshots clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -62,6 +63,10 @@ bench-state: $(STAMP) ## memory for each agent and time to recover, at 100,000 a
 
 chaos: $(STAMP) ## 100 random faults on a real three-node Kafka, then every number compared (needs Java and Maven)
 	$(PY) tests/chaos/chaos.py $(if $(SEED),--seed $(SEED)) $(if $(KILLS),--kills $(KILLS))
+
+fuzz: $(STAMP) ## a million changed messages into every reader of bytes, and 2,000 machines of events against an oracle
+	$(PY) tests/fuzz/fuzz.py --inputs $(or $(INPUTS),1000000) $(if $(SEED),--seed $(SEED))
+	SPENDFUSE_MACHINES=$(or $(MACHINES),2000) $(PY) -m pytest -q --timeout=7200 tests/pipeline/test_machine.py
 
 lock: $(STAMP) ## pin every dependency again, with hashes and without addresses
 	$(PY) -m pip install --quiet uv

@@ -105,7 +105,7 @@ class BrokerSettings(Settings):
         10_000, description="longest a rebalance waits for its members"
     )
     heartbeat_interval_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
-        3_000, description="interval of a consumer's heartbeats"
+        1_000, description="interval of a consumer's heartbeats: how soon the others hear of one that joins or leaves"
     )
 
 

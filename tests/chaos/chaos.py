@@ -29,7 +29,7 @@ from aiokafka import AIOKafkaProducer
 
 from chaos.load import SPACE, Load
 from chaos.oracle import Verdict, judge
-from chaos.stage import PARTITIONS, Stage, begin
+from chaos.stage import PARTITIONS, SESSION_MS, Stage, begin
 from kraft import kraft_missing
 from pipeline.samples import INPUT_NANOS, budget, cap
 from spendfuse.client.connection import producer_options
@@ -42,6 +42,12 @@ RECOVERY_S = 60.0
 BROKER_REST_S = 10.0
 POLL_S = 0.1
 DIFFERENCES_SHOWN = 40
+WAIT_S_MAX = {"kill worker": SESSION_MS / 1_000 + 6.0, "restart worker": SESSION_MS / 1_000}
+"""Longest that a usage may wait for its charge in a fault that has no other beside it.
+
+Of a killed worker nobody hears: its partitions move when its session has run out, and a second or two later their state
+is read. One that is told to stop leaves its groups, so nobody waits for a session. The rest is for a busy machine.
+"""
 WORKERS = ("worker-1", "worker-2")
 KINDS = {"kill worker": 30, "kill broker": 15, "kill audit": 8, "pause worker": 17, "restart worker": 10, "cut": 20}
 """The faults, and how often each of a hundred."""
@@ -76,12 +82,36 @@ def plan(chance: random.Random, count: int, nodes: int, *, audit: bool) -> list[
     return faults
 
 
+@dataclass(frozen=True)
+class Span:
+    """From a fault to the moment when all that was sent before its end was charged."""
+
+    kind: str
+    began_at: float
+    ended_at: float
+
+
+def longest_alone(spans: list[Span], waits: list[tuple[float, float]]) -> dict[str, tuple[int, float]]:
+    """Return, by kind, how many faults had no other beside them, and the longest wait in seconds while they lasted."""
+    found: dict[str, tuple[int, float]] = {}
+    for span in spans:
+        if any(
+            other.began_at < span.ended_at and span.began_at < other.ended_at for other in spans if other is not span
+        ):
+            continue
+        within = [end - start for start, end in waits if start < span.ended_at and span.began_at < end]
+        count, longest = found.get(span.kind, (0, 0.0))
+        found[span.kind] = (count + 1, max([longest, *within]))
+    return found
+
+
 @dataclass
 class Outcome:
     """What a run did, and what it found."""
 
     faults: Counter[str] = field(default_factory=Counter)
     recoveries_s: list[float] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     unrecovered: int = 0
     verdict: Verdict | None = None
     quiet_s: float = 0.0
@@ -90,9 +120,9 @@ class Outcome:
 class Run:
     """One run: load, faults, quiescence, comparison."""
 
-    def __init__(self, stage: Stage, load: Load, faults: list[Fault], *, say: bool) -> None:
-        """Take what is broken, and how."""
-        self.stage, self.load, self.faults, self.say = stage, load, faults, say
+    def __init__(self, stage: Stage, load: Load, faults: list[Fault], *, say: bool, apart: bool) -> None:
+        """Take what is broken, and how; `apart`: no fault before all of the last one is charged."""
+        self.stage, self.load, self.faults, self.say, self.apart = stage, load, faults, say, apart
         self.outcome = Outcome()
         self._broker_healed_at = 0.0
         self._recovering: set[asyncio.Task[None]] = set()
@@ -109,9 +139,9 @@ class Run:
                 print(f"{number:4} {fault.kind} {fault.target} {fault.hold_s:.1f} s {fault.how}", flush=True)
             await self._inject(fault)
             self.outcome.faults[fault.kind] += 1
-            recovery = asyncio.create_task(self._recovered(began_at, self.load.sent))
+            recovery = asyncio.create_task(self._recovered(fault.kind, began_at, self.load.sent))
             self._recovering.add(recovery)
-            if fault.wait:
+            if fault.wait or self.apart:
                 await recovery
             await asyncio.sleep(fault.rest_s)
         await asyncio.gather(*self._recovering)
@@ -168,14 +198,16 @@ class Run:
         for proxy in self.stage.proxies:
             proxy.mend()
 
-    async def _recovered(self, began_at: float, mark: int) -> None:
+    async def _recovered(self, kind: str, began_at: float, mark: int) -> None:
         healed_at = time.monotonic()
         while self.load.behind(mark):
             if time.monotonic() > healed_at + RECOVERY_S:
                 self.outcome.unrecovered += 1
+                self.outcome.spans.append(Span(kind, began_at, time.monotonic()))
                 return
             await asyncio.sleep(POLL_S)
         self.outcome.recoveries_s.append(time.monotonic() - began_at)
+        self.outcome.spans.append(Span(kind, began_at, time.monotonic()))
 
     async def _compare(self) -> None:
         """Compare until nothing differs, or nothing has changed for long enough."""
@@ -203,7 +235,9 @@ class Run:
             await asyncio.sleep(1.0)
 
 
-async def run(seed: int, kills: int, nodes: int, rate: int, directory: Path, *, audit: bool, say: bool) -> Run:
+async def run(
+    seed: int, kills: int, nodes: int, rate: int, directory: Path, *, audit: bool, say: bool, apart: bool = False
+) -> Run:
     """Play a run and return it with its outcome."""
     chance = random.Random(seed)  # noqa: S311 - it must repeat
     faults = plan(chance, kills, nodes, audit=audit)
@@ -215,7 +249,7 @@ async def run(seed: int, kills: int, nodes: int, rate: int, directory: Path, *, 
             for each in budgets(kills, rate):
                 await producer.send_and_wait(BUDGETS.name, encode(each), key=each.id.encode())
         await stage.start()
-        played = Run(stage, Load(stage.broker, rate, PARTITIONS, chance), faults, say=say)
+        played = Run(stage, Load(stage.broker, rate, PARTITIONS, chance), faults, say=say, apart=apart)
         await played.play()
     finally:
         await stage.stop()
@@ -246,7 +280,11 @@ def report(played: Run, seed: int) -> int:
         ("duplicates sent on purpose", load.duplicates),
         ("junk sent", load.junk),
         ("sends that failed and were repeated", load.send_failures),
-        ("longest stall of charges", f"{load.longest_stall_s:.1f} s"),
+        ("longest stall of charges", f"{max((end - start for start, end in load.stalls), default=0):.1f} s"),
+        *(
+            (f"longest wait of a usage by a {kind} alone ({count} of them)", f"{longest:.1f} s")
+            for kind, (count, longest) in sorted(longest_alone(outcome.spans, load.waits).items())
+        ),
         ("recovery p50", f"{_quantile(times, 50):.1f} s"),
         ("recovery p99", f"{_quantile(times, 99):.1f} s"),
         (f"not recovered within {RECOVERY_S:g} s", outcome.unrecovered),
@@ -263,7 +301,12 @@ def report(played: Run, seed: int) -> int:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
-    wrong = ["there was no comparison"] if verdict is None else verdict.differences
+    wrong = ["there was no comparison"] if verdict is None else list(verdict.differences)
+    wrong += [
+        f"a usage waited {longest:.1f} s because of a {kind}; the most is {WAIT_S_MAX[kind]:g} s"
+        for kind, (_, longest) in longest_alone(outcome.spans, load.waits).items()
+        if longest > WAIT_S_MAX.get(kind, float("inf"))
+    ]
     for difference in wrong[:DIFFERENCES_SHOWN]:
         print(f"  {difference}")
     return 1 if wrong or outcome.unrecovered else 0
@@ -281,6 +324,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=3, help="nodes of the Kafka")
     parser.add_argument("--rate", type=int, default=150, help="usages a second")
     parser.add_argument("--no-audit", action="store_true", help="without ClickHouse")
+    parser.add_argument("--apart", action="store_true", help="one fault at a time, so that stalls have one cause")
     parser.add_argument("--keep", type=Path, help="directory for logs and data, kept")
     chosen = parser.parse_args()
     reason = kraft_missing()
@@ -294,7 +338,7 @@ def main() -> int:
         played = asyncio.run(
             run(
                 chosen.seed, chosen.kills, chosen.nodes, chosen.rate, directory,
-                audit=not chosen.no_audit, say=True,
+                audit=not chosen.no_audit, say=True, apart=chosen.apart,
             )
         )  # fmt: skip
         return report(played, chosen.seed)

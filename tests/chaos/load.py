@@ -30,6 +30,8 @@ RESEND_MAX = 50
 DUPLICATES = 0.03
 JUNK = 0.005
 PACKED = 0.5
+STALL_S = 0.3
+"""Charges come several times a second: a longer silence is a stall."""
 
 
 class Load:
@@ -43,7 +45,8 @@ class Load:
         self.sent = self.duplicates = self.junk = self.send_failures = 0
         self.waiting: dict[int, float] = {}
         self.charged: set[int] = set()
-        self.longest_stall_s = 0.0
+        self.stalls: list[tuple[float, float]] = []
+        self.waits: list[tuple[float, float]] = []
         self._arrived_at = 0.0
         self._chance = chance
         self._recent: deque[bytes] = deque(maxlen=RECENT_MAX)
@@ -119,12 +122,14 @@ class Load:
         if not numbers:
             return
         now = time.monotonic()
-        if not self._stopping.is_set():
-            self.longest_stall_s = max(self.longest_stall_s, now - self._arrived_at)
+        if not self._stopping.is_set() and now - self._arrived_at > STALL_S:
+            self.stalls.append((self._arrived_at, now))
         self._arrived_at = now
         self.charged.update(numbers)
         for number in numbers:
-            self.waiting.pop(number, None)
+            sent_at = self.waiting.pop(number, now)
+            if now - sent_at > STALL_S:
+                self.waits.append((sent_at, now))
 
 
 def _usage(number: int) -> dict[str, Any]:

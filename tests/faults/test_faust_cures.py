@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import aiokafka
+import faust
 import pytest
 from faust.tables.recovery import Recovery
 from faust.transport.producer import ProducerBuffer
@@ -174,6 +175,31 @@ async def test_a_broker_that_has_nothing_yet_delays_the_acknowledgement_and_faus
             await asyncio.gather(*ports.delivered)
     assert worker.acked == [0]
     assert len(ports.on_broker) == len(ports.puts) + len(ports.writes)
+
+
+@pytest.mark.parametrize("cured", [True, False], ids=["cured", "as Faust is"])
+async def test_the_timer_commits_nothing_while_the_group_rebalances_and_would_without_the_cure(
+    uncured: None, *, cured: bool
+) -> None:
+    faust_cures.uninstall()
+    if cured:
+        faust_cures.install(20)
+    app = faust.App("commit", store="memory://", web_enabled=False, broker_commit_interval=1)
+    consumer = recovery.MemoryConsumer(app, None)
+    commits: list[bool] = []
+
+    async def force_commit(_topics: Any, *, start_new_transaction: bool) -> bool:
+        commits.append(start_new_transaction)
+        return True
+
+    consumer.force_commit = force_commit  # type: ignore[method-assign,assignment]
+    app.rebalancing = True
+    await consumer.commit()
+    assert commits == ([] if cured else [True])
+    await consumer.commit_and_end_transactions()  # Faust's last, before it gives up its partitions
+    app.rebalancing = False
+    await consumer.commit()
+    assert commits[-2:] == [False, True]
 
 
 def test_another_version_of_faust_is_refused_with_what_to_do(uncured: None, monkeypatch: pytest.MonkeyPatch) -> None:

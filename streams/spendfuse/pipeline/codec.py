@@ -137,7 +137,7 @@ def _read(value: bytes, of: Callable[[Reader], Callable[[bytes], _T]]) -> _T:
         )
     try:
         return of(reader)(value[1:])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # msgspec leaves the text of a key to Python
         raise UnreadableStateError(
             f"a state record of {len(value)} bytes cannot be read ({error}): write the state anew from the ledger with "
             "`spendfuse state rebuild`"

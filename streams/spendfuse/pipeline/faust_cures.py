@@ -1,10 +1,13 @@
-"""Two defects of faust-streaming 0.15.3, cured from outside, and the proof that this is the version they are for.
+"""Three defects of faust-streaming 0.15.3, cured from outside, and the proof that this is the version they are for.
 
 1. Recovery loses source events: `Recovery.on_recovery_completed` resumes the source partitions, then awaits a seek,
    then clears the agents' queues; what was queued in between vanishes and is committed. The cure stops the flow
    before it starts; Faust resumes it itself, after its seek.
 2. `fetch_max_wait_ms` is written out as 1500 in the worker's consumer: on a broker that does not wake a waiting
    fetch, every event waits up to that long.
+3. The timer commits while the group rebalances. The broker refuses the old generation, aiokafka forgets the new one and
+   joins again: a second rebalance right after the first, and the partitions stand still for a heartbeat's interval
+   more. The cure lets the timer wait until the rebalance is over; what was acknowledged is committed then.
 
 Faust's consumer is aiokafka's, so it is also given what ours have: no record batch can stop it.
 
@@ -21,6 +24,7 @@ from typing import Any, Final
 import aiokafka
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from faust.tables.recovery import Recovery
+from faust.transport.consumer import Consumer
 
 from spendfuse.client.connection import read_anything
 
@@ -35,6 +39,7 @@ _COORDINATION: Final = "_GroupCoordinator__coordination_routine"
 _original_coordination = getattr(GroupCoordinator, _COORDINATION)
 _original_recovery_completed = Recovery.on_recovery_completed
 _original_consumer_init = aiokafka.AIOKafkaConsumer.__init__
+_original_commit = Consumer.commit
 
 
 class CureMismatchError(Exception):
@@ -64,6 +69,12 @@ async def _coordination(self: Any) -> None:
             return
 
 
+async def _commit(self: Any, topics: Any = None, start_new_transaction: bool = True) -> bool:
+    if self.app.rebalancing and start_new_transaction:  # False: Faust's own last commit, before it gives up partitions
+        return False
+    return await _original_commit(self, topics, start_new_transaction)
+
+
 def install(fetch_max_wait_ms: int) -> None:
     """Install the cures; calling it again only changes the fetch wait.
 
@@ -82,6 +93,7 @@ def install(fetch_max_wait_ms: int) -> None:
         read_anything(self)
 
     Recovery.on_recovery_completed = _recovery_completed  # type: ignore[method-assign]  # the cure itself
+    Consumer.commit = _commit  # type: ignore[method-assign]  # the same
     aiokafka.AIOKafkaConsumer.__init__ = consumer_init
     setattr(GroupCoordinator, _COORDINATION, _coordination)
 
@@ -89,5 +101,6 @@ def install(fetch_max_wait_ms: int) -> None:
 def uninstall() -> None:
     """Take the cures out, as a test that must fail without them does."""
     Recovery.on_recovery_completed = _original_recovery_completed  # type: ignore[method-assign]  # the same
+    Consumer.commit = _original_commit  # type: ignore[method-assign]  # the same
     aiokafka.AIOKafkaConsumer.__init__ = _original_consumer_init
     setattr(GroupCoordinator, _COORDINATION, _original_coordination)

@@ -89,16 +89,19 @@ class IntakeCounters:
 
 
 class _Joined(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
-    """Says when a consumer has its first assignment."""
+    """Says when a consumer has its first assignment, and whether its group rebalances."""
 
     def __init__(self, joined: asyncio.Event) -> None:
         self._joined = joined
+        self.rebalancing = True
 
-    async def on_partitions_revoked(self, revoked: Any) -> None:
-        """Do nothing: what was handled and not committed is handled again by the next owner."""
+    async def on_partitions_revoked(self, revoked: Any) -> None:  # noqa: ARG002 - the listener's signature
+        """Commit nothing: what was handled and not committed is handled again by the next owner."""
+        self.rebalancing = True
 
-    async def on_partitions_assigned(self, assigned: Any) -> None:  # noqa: ARG002 - the listener's signature
+    async def on_partitions_assigned(self, assigned: Any) -> None:  # noqa: ARG002 - the same
         """Say so."""
+        self.rebalancing = False
         self._joined.set()
 
 
@@ -115,13 +118,14 @@ class GroupReader:
         self._consumer: Consumer | None = None
         self._records_max = records_max
         self.joined = asyncio.Event()
+        self._listener = _Joined(self.joined)
         self._topics = list(topics)
         self._committed_at = 0.0
 
     async def run(self, handle: Callable[[list[list[ConsumerRecord]]], Any]) -> None:
         """Read, handle (what was read, by partition), commit, for ever."""
         consumer = Consumer(group_id=self._group, **consumer_options(self._broker, self._group))
-        consumer.subscribe(self._topics, listener=_Joined(self.joined))
+        consumer.subscribe(self._topics, listener=self._listener)
         try:
             await consumer.start()
             self._consumer = consumer
@@ -136,7 +140,8 @@ class GroupReader:
 
     async def _commit(self, consumer: Consumer) -> None:
         now = asyncio.get_running_loop().time()
-        if now - self._committed_at < COMMIT_INTERVAL_S:
+        # In a rebalance the broker would refuse, and aiokafka would join once more after it.
+        if now - self._committed_at < COMMIT_INTERVAL_S or self._listener.rebalancing:
             return
         self._committed_at = now
         # A rebalance in between makes the commit someone else's: the records come again, and change nothing.
