@@ -16,12 +16,14 @@ from spendfuse.pipeline.feed import PolicyFeed, price_book_of
 from spendfuse.pipeline.genuine import signer_of, verifier_of
 from spendfuse.pipeline.lag import Reading
 from spendfuse.pipeline.meter import MeterStage, MeterTables
+from spendfuse.pipeline.outbox import KafkaOutbox
 from spendfuse.pipeline.publish import Publisher
-from spendfuse.pipeline.records import Delivery, Outbox, SourceRecord
+from spendfuse.pipeline.records import SourceRecord
 from spendfuse.pipeline.refusal import Ends, KafkaEnds, ending
 from spendfuse.pipeline.register import Register
 from spendfuse.pipeline.rollup import RollupStage
-from spendfuse.pipeline.services import KafkaOutbox, Services
+from spendfuse.pipeline.services import Services
+from spendfuse.pipeline.tables import FaustTable
 from spendfuse.pipeline.topics import CHANGELOG_CONFIGS
 from spendfuse.pipeline.violations import Violations
 from spendfuse.settings import BrokerSettings, ClockSettings, WorkerSettings
@@ -32,44 +34,6 @@ SECONDS_PER_MS: Final = 0.001
 SECOND_US: Final = 1_000_000
 COMMIT_INTERVAL_S: Final = 1.0
 POLL_RECORDS_MAX: Final = 1_000
-
-
-class FaustTable:
-    """A plain Faust table as the stages use it; its changelog records go out by the worker's own producer.
-
-    Faust's producer costs five times as much for a record, and its `flush` is no barrier; recovery reads the topic,
-    whoever wrote it.
-    """
-
-    def __init__(self, table: Any, outbox: Outbox) -> None:
-        """Wrap a table of bytes to bytes."""
-        self._table = table
-        self._outbox = outbox
-        self._topic: str = table.changelog_topic.get_topic_name()
-
-    def get(self, key: bytes) -> bytes | None:
-        """Return the value of a key."""
-        value: bytes | None = self._table.data.get(key)
-        return value
-
-    def keys(self) -> list[bytes]:
-        """Return the keys held, of every partition."""
-        return list(self._table.data.keys())
-
-    def write(self, partition: int, key: bytes, value: bytes) -> Delivery:
-        """Set a key, and send its changelog record."""
-        self._table.data[key] = value
-        return self._send(partition, key, value)
-
-    def delete(self, partition: int, key: bytes) -> Delivery:
-        """Forget a key, and send its tombstone."""
-        data = self._table.data
-        data.pop(key, None)
-        data._key_partition.pop(key, None)  # noqa: SLF001 - of a recovered key the store would keep this for ever
-        return self._send(partition, key, None)
-
-    async def _send(self, partition: int, key: bytes, value: bytes | None) -> None:
-        await (await self._outbox.put(self._topic, key=key, value=value, partition=partition))
 
 
 def create_app(
@@ -170,7 +134,7 @@ def _agents(
     app: Any,
     settings: WorkerSettings,
     publisher: Publisher,
-    outbox: Outbox,
+    outbox: KafkaOutbox,
     feed: PolicyFeed,
     clock: Clock,
     services: Services,

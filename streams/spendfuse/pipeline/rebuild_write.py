@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from spendfuse.client.connection import admin_options
 from spendfuse.pipeline.codec import encode_scope, encode_shared
 from spendfuse.pipeline.genuine import signer_of
+from spendfuse.pipeline.outbox import KafkaOutbox
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.rebuild import (
     ANSWER_S,
@@ -27,7 +28,6 @@ from spendfuse.pipeline.rebuild import (
 from spendfuse.pipeline.rebuild_mark import KEY, mark_topic
 from spendfuse.pipeline.records import Delivery
 from spendfuse.pipeline.routing import state_key
-from spendfuse.pipeline.services import KafkaOutbox
 from spendfuse.pipeline.topics import CHANGELOG_CONFIGS
 from spendfuse.settings import BrokerSettings, WorkerSettings
 from spendfuse.wire.control import Heartbeat

@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any, Final
 
 import structlog
-from aiokafka import AIOKafkaProducer, ConsumerRebalanceListener
+from aiokafka import ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
 from spendfuse import __version__
 from spendfuse.client.clock import Clock
-from spendfuse.client.connection import Consumer, consumer_options, producer_options
+from spendfuse.client.connection import Consumer, consumer_options
 from spendfuse.client.follow import Follower, Record
 from spendfuse.pipeline import recorder
 from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.intake import Limits, rounds
 from spendfuse.pipeline.lag import SECOND_US, Reading, Staleness, lag_alert
+from spendfuse.pipeline.outbox import KafkaOutbox
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.recorder import RECORDED
-from spendfuse.pipeline.records import Delivery, Headers, SourceRecord
+from spendfuse.pipeline.records import SourceRecord
 from spendfuse.pipeline.register import Register
 from spendfuse.settings import BrokerSettings, WorkerSettings
 from spendfuse.wire.base import from_us
@@ -41,42 +42,6 @@ COMMIT_INTERVAL_S: Final = 1.0
 NS_PER_US: Final = 1_000
 
 log: Any = structlog.get_logger("spendfuse.worker")
-
-
-class KafkaOutbox:
-    """An outbox over one aiokafka producer; records of one partition go out in the order they were put."""
-
-    def __init__(self, broker: BrokerSettings) -> None:
-        """Take how to reach the broker; `start` connects."""
-        self._broker = broker
-        self._producer: AIOKafkaProducer | None = None
-
-    async def start(self) -> None:
-        """Connect; raises a `KafkaError` when the broker is away."""
-        producer = AIOKafkaProducer(**producer_options(self._broker, "spendfuse-worker"))
-        try:
-            await producer.start()
-        except BaseException:  # told to stop meanwhile, too
-            await producer.stop()
-            raise
-        self._producer = producer
-
-    async def stop(self) -> None:
-        """Send what is waiting and close."""
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            await producer.stop()
-
-    async def put(
-        self, topic: str, *, key: bytes, value: bytes | None, partition: int | None = None, headers: Headers = ()
-    ) -> Delivery:
-        """Hand over a record; the result is done when all replicas have it."""
-        if self._producer is None:
-            raise RuntimeError("the worker's producer is not running")
-        delivery: Delivery = await self._producer.send(
-            topic, value, key=key, partition=partition, headers=list(headers)
-        )
-        return delivery
 
 
 @dataclass(slots=True)
