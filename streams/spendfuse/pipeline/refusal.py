@@ -102,10 +102,14 @@ async def end_of(consumer: Any, place: TopicPartition) -> int:
 
 async def check_changelogs(broker: BrokerSettings, app_id: str, partitions: int) -> None:
     """Return when no table has lost its changelog; raises `StateMismatchError`, and a `KafkaError`."""
-    consumer = Consumer(group_id=app_id, **consumer_options(broker, CLIENT_ID))
+    # One consumer asks the group, and never assigns: aiokafka's coordination ends with an error when an assignment is
+    # replaced while it looks for its coordinator. The other reads, of no group.
+    group = Consumer(group_id=app_id, **consumer_options(broker, CLIENT_ID))
+    consumer = Consumer(**consumer_options(broker, CLIENT_ID))
     async with asyncio.timeout(ANSWER_S):
-        await consumer.start()
         try:
+            await group.start()
+            await consumer.start()
             existing = await consumer.topics()
             if mark_topic(app_id) in existing:
                 refuse_half_rebuilt(await read_mark(consumer, app_id))
@@ -115,7 +119,7 @@ async def check_changelogs(broker: BrokerSettings, app_id: str, partitions: int)
             remembers = ids in existing and await _written(consumer, ids, partitions)
             for table, source in TABLES.items():
                 changelog = f"{app_id}-{table}-changelog"
-                read = await _read_so_far(consumer, source, partitions)
+                read = await _read_so_far(group, source, partitions)
                 if not (read or (remembers and table == "scopes")):
                     continue
                 if changelog not in existing or not await _written(consumer, changelog, partitions):
@@ -126,6 +130,7 @@ async def check_changelogs(broker: BrokerSettings, app_id: str, partitions: int)
                         f"{REBUILD}; {WAY_ON}"
                     )
         finally:
+            await stop(group)
             await stop(consumer)
 
 
@@ -138,10 +143,9 @@ def refuse_half_rebuilt(mark: RebuildMark | None) -> None:
         )
 
 
-async def _read_so_far(consumer: Any, topic: str, partitions: int) -> int:
+async def _read_so_far(group: Any, topic: str, partitions: int) -> int:
     places = [TopicPartition(topic, number) for number in range(partitions)]
-    consumer.assign(places)
-    return max([await consumer.committed(place) or 0 for place in places])
+    return max([await group.committed(place) or 0 for place in places])
 
 
 async def _written(consumer: Any, topic: str, partitions: int) -> bool:
