@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.broker
 
 SERVER = Path(__file__).parents[1] / "clickhouse_server.py"
+ANSWER_S_MAX = 4.0
 TABLES = ("usage_events", "commands", "audit_batches")
 
 
@@ -136,9 +137,11 @@ async def test_an_insert_that_fails_is_repeated_and_in_once(
     topics: Topics, clickhouse: ClickHouse, database: Database, step: Step
 ) -> None:
     if step.fault == "slow":
-        clickhouse.faults.slow_s = 2.0
-        database._client.timeout = database._client.timeout.__class__(connect=2.0, read=0.4)
-    clickhouse.faults.plan = lambda table, nth: step if nth < (2 if table == "usage_events" else 1) else Step()
+        # Long enough for an answer on a busy machine, and shorter than this server takes.
+        database._client.timeout = database._client.timeout.__class__(connect=ANSWER_S_MAX, read=ANSWER_S_MAX)
+        clickhouse.faults.slow_s = ANSWER_S_MAX + 1
+    times = 2 if step.fault != "slow" else 1
+    clickhouse.faults.plan = lambda table, nth: step if nth < (times if table == "usage_events" else 1) else Step()
     entries = [charge(nth) for nth in range(80)]
     await topics.send([(0, message([*entries[:40], command_entry(halt(1), 0)])), (0, message(entries[30:]))])
     async with running(topics.writer(database)):
