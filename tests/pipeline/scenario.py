@@ -393,13 +393,13 @@ async def no_record_batch_stops_a_worker_or_moves_its_offsets(deployed: Deployme
             assert charged == {"named": 1, "packed": 1, "victim": 5}
             halted = await asyncio.to_thread(guard.wait_halted, DEADLINE_S)
             assert isinstance(halted, Halted), "the guard reads on behind such a batch"
+            assert "Traceback" not in deployed.running[name].log
             await asyncio.to_thread(deployed.running[name].stop)
             await asyncio.to_thread(deployed.only, name)
             await watch.emit(usage(space, "victim", 20, tokens=one), partition=0)
             await watch.until(lambda: len(watch.charges(space)) == 8, "a charge after a restart")
     finally:
         await asyncio.to_thread(guard.close)
-    assert "Traceback" not in deployed.running[name].log
 
 
 def a_worker_told_to_stop_leaves_in_order(deployed: Deployment, name: str) -> None:
