@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
@@ -32,6 +33,30 @@ SECONDS_PER_MS: Final = 0.001
 SECOND_US: Final = 1_000_000
 COMMIT_INTERVAL_S: Final = 1.0
 POLL_RECORDS_MAX: Final = 1_000
+TICK_S: Final = 0.2
+
+
+class Awake:
+    """Knows whether this process was frozen (SIGSTOP, a paused machine) for so long that others own its partitions.
+
+    Such a process does not know it yet, and would write older states after the new owner's: it must end instead.
+    """
+
+    def __init__(self, bound_s: float, on_frozen: Callable[[float], None]) -> None:
+        """Take the longest pause between two ticks, in seconds, and what ends the process."""
+        self._bound_s = bound_s
+        self._on_frozen = on_frozen
+        self._ticked_at: float | None = None
+
+    def tick(self) -> None:
+        """Say that the loop runs; call it far more often than the bound."""
+        self.check()
+        self._ticked_at = time.monotonic()
+
+    def check(self) -> None:
+        """Call `on_frozen` with the seconds since the last tick when these are too many."""
+        if self._ticked_at is not None and time.monotonic() - self._ticked_at > self._bound_s:
+            self._on_frozen(time.monotonic() - self._ticked_at)
 
 
 class FaustTable:
@@ -41,9 +66,10 @@ class FaustTable:
     whoever wrote it.
     """
 
-    def __init__(self, table: Any, outbox: Outbox) -> None:
+    def __init__(self, table: Any, outbox: Outbox, awake: Awake) -> None:
         """Wrap a table of bytes to bytes."""
         self._table = table
+        self._awake = awake
         self._outbox = outbox
         self._topic: str = table.changelog_topic.get_topic_name()
 
@@ -57,7 +83,8 @@ class FaustTable:
         return list(self._table.data.keys())
 
     def write(self, partition: int, key: bytes, value: bytes) -> Delivery:
-        """Set a key, and send its changelog record."""
+        """Set a key, and send its changelog record, unless the process was frozen: then it ends."""
+        self._awake.check()
         self._table.data[key] = value
         return self._send(partition, key, value)
 
@@ -78,10 +105,12 @@ def create_app(
     clocks: ClockSettings,
     on_ready: Callable[[], None] = lambda: None,
     refuse: Callable[[str], None] = lambda _: None,
+    on_frozen: Callable[[float], None] = lambda _: None,
 ) -> Any:
     """Return the worker's Faust app: intake, meter, rollup, recorder and heartbeats.
 
-    `refuse` is given the sentence when state and topics do not fit; it ends the process.
+    `refuse` is given the sentence when state and topics do not fit; it ends the process. So does `on_frozen`, which is
+    given for how many seconds the process did not run.
 
     Raises `SettingsError` for a missing or unreadable signing key or price book.
     """
@@ -115,8 +144,10 @@ def create_app(
     factor = clock.factor if isinstance(clock, ScaledClock) else 1  # the grace is for what takes real time
     violations = Violations(register.halts, int(settings.violation_grace_s * SECOND_US) * factor)
     ends = Ends(KafkaEnds(broker))
-    meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services, violations, ends)
-    _run_beside(app, services, settings, meter, rollup)
+    # A session may have begun to run out one heartbeat before the freeze.
+    awake = Awake((broker.session_timeout_ms - broker.heartbeat_interval_ms) * SECONDS_PER_MS, on_frozen)
+    meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services, violations, ends, awake)
+    _run_beside(app, services, settings, meter, rollup, awake)
     return app
 
 
@@ -176,6 +207,7 @@ def _agents(
     services: Services,
     violations: Violations,
     ends: Ends,
+    awake: Awake,
 ) -> tuple[MeterStage, RollupStage]:
     def table(name: str) -> FaustTable:
         made = app.Table(
@@ -185,7 +217,7 @@ def _agents(
             partitions=settings.partitions,
             extra_topic_configs=CHANGELOG_CONFIGS,
         )
-        return FaustTable(made, outbox)
+        return FaustTable(made, outbox, awake)
 
     def generation() -> int:
         number: int = app.consumer_generation_id
@@ -251,6 +283,7 @@ class _Beside(Service):
     rollup: RollupStage
     flush_s: float
     rollup_s: float
+    awake: Awake
     owned: Callable[[Topic], set[int]]
 
     async def on_start(self) -> None:
@@ -274,6 +307,12 @@ class _Beside(Service):
     @Service.task
     async def heartbeats(self) -> None:
         await self.services.heartbeats()
+
+    @Service.task
+    async def stay_awake(self) -> None:
+        while not self.should_stop:  # by itself: a flush may wait for a broker longer than a session, and is awake
+            self.awake.tick()
+            await asyncio.sleep(TICK_S)
 
     @Service.task
     async def flush_meter(self) -> None:
@@ -321,7 +360,9 @@ def _reading(consumer: Any, topic: Topic) -> Reading:
     return Reading(owned, position, end)
 
 
-def _run_beside(app: Any, services: Services, settings: WorkerSettings, meter: MeterStage, rollup: RollupStage) -> None:
+def _run_beside(
+    app: Any, services: Services, settings: WorkerSettings, meter: MeterStage, rollup: RollupStage, awake: Awake
+) -> None:
     """Tie the services to the app's life."""
 
     def owned(topic: Topic) -> set[int]:
@@ -334,6 +375,7 @@ def _run_beside(app: Any, services: Services, settings: WorkerSettings, meter: M
         "meter": meter,
         "rollup": rollup,
         "flush_s": settings.flush_interval_ms * SECONDS_PER_MS,
+        "awake": awake,
         "rollup_s": settings.rollup_interval_ms * SECONDS_PER_MS,
         "owned": staticmethod(owned),
     }
