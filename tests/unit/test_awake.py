@@ -57,4 +57,6 @@ def test_a_frozen_process_neither_changes_nor_sends_a_state(clock: SimpleNamespa
     clock.s += 10.0
     with pytest.raises(FrozenError):
         table.write(0, b"k", b"new")
+    with pytest.raises(FrozenError):
+        table.delete(0, b"k")
     assert (plain.data, sent) == ({b"k": b"old"}, [])

@@ -89,7 +89,8 @@ class FaustTable:
         return self._send(partition, key, value)
 
     def delete(self, partition: int, key: bytes) -> Delivery:
-        """Forget a key, and send its tombstone."""
+        """Forget a key, and send its tombstone; as `write`, not of a process that was frozen."""
+        self._awake.check()
         data = self._table.data
         data.pop(key, None)
         data._key_partition.pop(key, None)  # noqa: SLF001 - of a recovered key the store would keep this for ever
