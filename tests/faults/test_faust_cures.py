@@ -46,7 +46,7 @@ def uncured() -> Iterator[None]:
 class Recovering:
     """A worker that is killed, misses messages of `usage.packed.v1`, and comes back."""
 
-    def __init__(self, broker: BrokerSettings, directory: Path) -> None:
+    def __init__(self, broker: BrokerSettings, directory: Path, **more: str) -> None:
         self.deployed = scenario.Deployment(broker, directory)
         book = directory / "book.json"
         book.write_bytes(encode(BOOK))
@@ -55,7 +55,7 @@ class Recovering:
             "SPENDFUSE_UNSIGNED_COMMANDS": "true",
             "SPENDFUSE_PARTITIONS": "1",
         }
-        self.worker = WorkerProcess(directory, "worker", broker, settings, module="faults.slow_worker")
+        self.worker = WorkerProcess(directory, "worker", broker, settings | more, module="faults.slow_worker")
         self.sent = 0
 
     async def produce(self, count: int) -> None:

@@ -82,7 +82,12 @@ class Deployment(RuleBasedStateMachine):
         self.oracle = Oracle(utc(start) * SECOND_US, lines())
         zones = [WorkspaceSettings(workspace=name, timezone=zone) for name, zone in ZONES.items()]
         self.pipeline = PipelineDriver(
-            budgets=zones, price_book=BOOK, autoflush=False, partitions=PARTITIONS, start=self.oracle.now_us
+            budgets=zones,
+            price_book=BOOK,
+            autoflush=False,
+            partitions=PARTITIONS,
+            start=self.oracle.now_us,
+            state_idle_days=3_650,  # the oracle forgets nothing; tests/pipeline/test_idle.py is about that
         )
         self.version = self.number = self.junk = 0
         for name, amount in zip(self.oracle.lines, amounts, strict=True):

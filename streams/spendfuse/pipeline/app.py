@@ -12,6 +12,7 @@ from mode import CrashingSupervisor, Service
 from spendfuse.client.clock import Clock, ScaledClock, parse_clock
 from spendfuse.engine.idle import bound_us
 from spendfuse.pipeline import faust_cures
+from spendfuse.pipeline.awake import Awake
 from spendfuse.pipeline.feed import PolicyFeed, price_book_of
 from spendfuse.pipeline.genuine import signer_of, verifier_of
 from spendfuse.pipeline.lag import Reading
@@ -34,6 +35,7 @@ SECONDS_PER_MS: Final = 0.001
 SECOND_US: Final = 1_000_000
 COMMIT_INTERVAL_S: Final = 1.0
 POLL_RECORDS_MAX: Final = 1_000
+TICK_S: Final = 0.2
 
 
 def create_app(
@@ -42,17 +44,20 @@ def create_app(
     clocks: ClockSettings,
     on_ready: Callable[[], None] = lambda: None,
     refuse: Callable[[str], None] = lambda _: None,
+    on_frozen: Callable[[float], None] = lambda _: None,
 ) -> Any:
     """Return the worker's Faust app: intake, meter, rollup, recorder and heartbeats.
 
-    `refuse` is given the sentence when state and topics do not fit; it ends the process.
+    `refuse` is given the sentence when state and topics do not fit; it ends the process. So does `on_frozen`, which is
+    given for how many seconds the process did not run.
 
     Raises `SettingsError` for a missing or unreadable signing key or price book.
     """
     faust_cures.install(broker.fetch_max_wait_ms)
     clock = parse_clock(clocks.clock)
     app = _faust_app(broker, settings)
-    outbox = KafkaOutbox(broker)
+    awake = Awake((broker.session_timeout_ms - broker.heartbeat_interval_ms) * SECONDS_PER_MS, on_frozen)
+    outbox = KafkaOutbox(broker, before_send=awake.check)
     feed = PolicyFeed(price_book_of(settings))
     signer = signer_of(settings)
     publisher = Publisher(outbox, signer, settings.partitions)
@@ -79,8 +84,9 @@ def create_app(
     factor = clock.factor if isinstance(clock, ScaledClock) else 1  # the grace is for what takes real time
     violations = Violations(register.halts, int(settings.violation_grace_s * SECOND_US) * factor)
     ends = Ends(KafkaEnds(broker))
-    meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services, violations, ends)
-    _run_beside(app, services, settings, meter, rollup)
+    # A session may have begun to run out one heartbeat before the freeze.
+    meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services, violations, ends, awake)
+    _run_beside(app, services, settings, meter, rollup, awake)
     return app
 
 
@@ -140,6 +146,7 @@ def _agents(
     services: Services,
     violations: Violations,
     ends: Ends,
+    awake: Awake,
 ) -> tuple[MeterStage, RollupStage]:
     def table(name: str) -> FaustTable:
         made = app.Table(
@@ -149,7 +156,7 @@ def _agents(
             partitions=settings.partitions,
             extra_topic_configs=CHANGELOG_CONFIGS,
         )
-        return FaustTable(made, outbox)
+        return FaustTable(made, outbox, awake)
 
     def generation() -> int:
         number: int = app.consumer_generation_id
@@ -215,6 +222,7 @@ class _Beside(Service):
     rollup: RollupStage
     flush_s: float
     rollup_s: float
+    awake: Awake
     owned: Callable[[Topic], set[int]]
 
     async def on_start(self) -> None:
@@ -238,6 +246,12 @@ class _Beside(Service):
     @Service.task
     async def heartbeats(self) -> None:
         await self.services.heartbeats()
+
+    @Service.task
+    async def stay_awake(self) -> None:
+        while not self.should_stop:  # by itself: a flush may wait for a broker longer than a session, and is awake
+            self.awake.tick()
+            await asyncio.sleep(TICK_S)
 
     @Service.task
     async def flush_meter(self) -> None:
@@ -285,7 +299,9 @@ def _reading(consumer: Any, topic: Topic) -> Reading:
     return Reading(owned, position, end)
 
 
-def _run_beside(app: Any, services: Services, settings: WorkerSettings, meter: MeterStage, rollup: RollupStage) -> None:
+def _run_beside(
+    app: Any, services: Services, settings: WorkerSettings, meter: MeterStage, rollup: RollupStage, awake: Awake
+) -> None:
     """Tie the services to the app's life."""
 
     def owned(topic: Topic) -> set[int]:
@@ -298,6 +314,7 @@ def _run_beside(app: Any, services: Services, settings: WorkerSettings, meter: M
         "meter": meter,
         "rollup": rollup,
         "flush_s": settings.flush_interval_ms * SECONDS_PER_MS,
+        "awake": awake,
         "rollup_s": settings.rollup_interval_ms * SECONDS_PER_MS,
         "owned": staticmethod(owned),
     }

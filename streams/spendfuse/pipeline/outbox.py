@@ -1,7 +1,8 @@
 """Where the worker puts what it publishes: one aiokafka producer for all of it."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from aiokafka import AIOKafkaProducer
 
@@ -13,9 +14,10 @@ from spendfuse.settings import BrokerSettings
 class KafkaOutbox:
     """An outbox over one aiokafka producer; records of one partition go out in the order they were put."""
 
-    def __init__(self, broker: BrokerSettings) -> None:
-        """Take how to reach the broker; `start` connects."""
+    def __init__(self, broker: BrokerSettings, before_send: Callable[[], None] = lambda: None) -> None:
+        """Take how to reach the broker, and what is called before each request; `start` connects."""
         self._broker = broker
+        self._before_send = before_send
         self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:
@@ -26,7 +28,18 @@ class KafkaOutbox:
         except BaseException:  # told to stop meanwhile, too
             await producer.stop()
             raise
+        self._guard(producer)
         self._producer = producer
+
+    def _guard(self, producer: AIOKafkaProducer) -> None:
+        """Have each request look first: what waited in a process that was frozen is older than its new owner's."""
+        send = producer.client.send
+
+        async def look_and_send(node_id: Any, request: Any, **options: Any) -> Any:
+            self._before_send()
+            return await send(node_id, request, **options)
+
+        producer.client.send = look_and_send
 
     async def stop(self) -> None:
         """Send what is waiting and close."""

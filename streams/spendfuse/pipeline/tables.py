@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+from spendfuse.pipeline.awake import Awake
 from spendfuse.pipeline.outbox import KafkaOutbox
 from spendfuse.pipeline.records import Delivery
 
@@ -14,8 +15,9 @@ class FaustTable:
     whoever wrote it.
     """
 
-    def __init__(self, table: Any, outbox: KafkaOutbox) -> None:
+    def __init__(self, table: Any, outbox: KafkaOutbox, awake: Awake) -> None:
         """Wrap a table of bytes to bytes."""
+        self._awake = awake
         self._table = table
         self._outbox = outbox
         self._topic: str = table.changelog_topic.get_topic_name()
@@ -31,12 +33,14 @@ class FaustTable:
         return list(self._table.data.keys())
 
     def write(self, partition: int, key: bytes, value: bytes) -> Delivery:
-        """Set a key, and send its changelog record."""
+        """Set a key, and send its changelog record, unless the process was frozen: then it ends."""
+        self._awake.check()
         self._table.data[key] = value
         return self._change(partition, key, value)
 
     def delete(self, partition: int, key: bytes) -> Delivery:
-        """Forget a key, and send its tombstone."""
+        """Forget a key, and send its tombstone; as `write`, not of a process that was frozen."""
+        self._awake.check()
         data = self._table.data
         data.pop(key, None)
         data._key_partition.pop(key, None)  # noqa: SLF001 - of a recovered key the store would keep this for ever

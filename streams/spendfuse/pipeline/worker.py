@@ -65,7 +65,9 @@ def run(broker: BrokerSettings, settings: WorkerSettings, clocks: ClockSettings)
         Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
         asyncio.run(ensure_topics(broker, partitions=settings.partitions, replication=settings.replication))
         asyncio.run(check_changelogs(broker, settings.app_id, settings.partitions))
-        app = create_app(broker, settings, clocks, on_ready=_on_ready(watchdog), refuse=_refuse(settings))
+        app = create_app(
+            broker, settings, clocks, on_ready=_on_ready(watchdog), refuse=_refuse(settings), on_frozen=_frozen
+        )
     except StateMismatchError as error:
         log.critical("refused to run", reason=str(error))
         return EXIT_REFUSED
@@ -106,6 +108,12 @@ def _on_ready(watchdog: threading.Timer) -> Callable[[], None]:
         _spare_the_collector()  # of tables, budgets and prices as well: they stay
 
     return on_ready
+
+
+def _frozen(silent_s: float) -> None:
+    """End at once: others own the partitions by now, and what is still to be written here is older than theirs."""
+    log.critical("was frozen", silent_s=round(silent_s, 1), advice="start it again: it reads what others wrote")
+    os._exit(EXIT_UNAVAILABLE)
 
 
 def _spare_the_collector() -> None:

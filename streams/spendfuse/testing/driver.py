@@ -16,6 +16,7 @@ from spendfuse.adapters import price_book_file
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import PublicKey, Signer, Verifier, parse_public_keys
 from spendfuse.engine.decide import Held
+from spendfuse.engine.idle import bound_us
 from spendfuse.engine.rollup import held_by
 from spendfuse.engine.spend import Spend, merged
 from spendfuse.engine.state import Fuse
@@ -58,6 +59,7 @@ START_US: Final = 1_767_603_600_000_000
 US_PER_MS: Final = 1_000
 SECOND_US: Final = 1_000_000
 RECORDS_PER_READ: Final = 500
+STATE_IDLE_DAYS: Final = int(WorkerSettings.model_fields["state_idle_days"].default)
 STEPS_MAX: Final = 100_000
 """Most reads until everything has happened: more is a loop."""
 EMITTER: Final = "spendfuse-testing"
@@ -112,7 +114,7 @@ class PipelineDriver:
     `at`. `price_book` is the one that ships unless given; `signing_key` (`kid=base64`, see `client.keys`) signs the
     commands, which go unsigned without one; `public_keys` are further keys whose commands are genuine. With
     `autoflush=False` what a worker keeps in memory between two flushes (100 ms) stays there until `flush`, so that
-    `crash` has something to lose.
+    `crash` has something to lose. A scope is forgotten after `state_idle_days`, as a worker's setting has it.
     """
 
     def __init__(
@@ -125,9 +127,11 @@ class PipelineDriver:
         signing_key: str | None = None,
         public_keys: str = "",
         autoflush: bool = True,
+        state_idle_days: int = STATE_IDLE_DAYS,
     ) -> None:
         """Start a worker on empty topics and apply the budgets."""
-        settings = WorkerSettings.from_env({}, partitions=partitions)
+        settings = WorkerSettings.from_env({}, partitions=partitions, state_idle_days=state_idle_days)
+        self._idle_us = bound_us(settings.state_idle_days, settings.usage_age_max_s)
         self.partitions = settings.partitions
         self.now_us = start if isinstance(start, int) else to_us(start)
         self.changelog: list[ChangelogRecord] = []
@@ -380,6 +384,7 @@ class PipelineDriver:
             "clock": lambda: self.now_us,
             "generation": lambda: self._generation,
             "ends": Ends(self._end_of, 0.0),
+            "idle_us": self._idle_us,
         }
         violations = Violations(self._register.halts, self._violation_grace_us)
         self._meter = MeterStage(tables=self._meter_tables, violations=violations, **ports)
