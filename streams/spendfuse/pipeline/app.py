@@ -53,11 +53,12 @@ def create_app(
 
     Raises `SettingsError` for a missing or unreadable signing key or price book.
     """
-    faust_cures.install(broker.fetch_max_wait_ms)
+    # A session may have begun to run out one heartbeat before the freeze.
+    awake = Awake((broker.session_timeout_ms - broker.heartbeat_interval_ms) * SECONDS_PER_MS, on_frozen)
+    faust_cures.install(broker.fetch_max_wait_ms, awake.listen)
     clock = parse_clock(clocks.clock)
     app = _faust_app(broker, settings)
-    awake = Awake((broker.session_timeout_ms - broker.heartbeat_interval_ms) * SECONDS_PER_MS, on_frozen)
-    outbox = KafkaOutbox(broker, before_send=awake.check)
+    outbox = KafkaOutbox(broker, awake)
     feed = PolicyFeed(price_book_of(settings))
     signer = signer_of(settings)
     publisher = Publisher(outbox, signer, settings.partitions)
@@ -84,7 +85,6 @@ def create_app(
     factor = clock.factor if isinstance(clock, ScaledClock) else 1  # the grace is for what takes real time
     violations = Violations(register.halts, int(settings.violation_grace_s * SECOND_US) * factor)
     ends = Ends(KafkaEnds(broker))
-    # A session may have begun to run out one heartbeat before the freeze.
     meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services, violations, ends, awake)
     _run_beside(app, services, settings, meter, rollup, awake)
     return app
@@ -252,6 +252,14 @@ class _Beside(Service):
         while not self.should_stop:  # by itself: a flush may wait for a broker longer than a session, and is awake
             self.awake.tick()
             await asyncio.sleep(TICK_S)
+
+    @Service.task
+    async def heal_tables(self) -> None:
+        while not self.should_stop:
+            await asyncio.sleep(self.flush_s)
+            if self.services.is_live():
+                await self.meter.heal(self.owned(PACKED))
+                await self.rollup.heal(self.owned(ROLLUPS))
 
     @Service.task
     async def flush_meter(self) -> None:

@@ -12,6 +12,8 @@ import msgspec
 from spendfuse.engine.spend import Hold, Spend
 from spendfuse.engine.state import Fired, Fuse, Part, ScopeState, SharedState
 
+SLOT_HEAD_BYTES: Final = 8
+"""Of a slot of remembered ids: its number in the ring's rounds, big-endian (`engine/ids.py`)."""
 VERSION: Final = b"\x01"
 """The version that is written."""
 
@@ -49,7 +51,23 @@ class _Shared(msgspec.Struct, array_like=True):
     fuses: _Fuses
 
 
+class _Marks(msgspec.Struct, array_like=True):
+    """The head of a scope's state; what follows is skipped."""
+
+    marks: dict[int, int]
+
+
+class _AsOf(msgspec.Struct, array_like=True):
+    as_of: int
+
+
+class _SharedAsOf(msgspec.Struct, array_like=True):
+    parts: dict[int, _AsOf]
+
+
 _encoder: Final = msgspec.msgpack.Encoder()
+_marks_decoder: Final = msgspec.msgpack.Decoder(_Marks)
+_as_of_decoder: Final = msgspec.msgpack.Decoder(_SharedAsOf)
 _scope_decoder: Final = msgspec.msgpack.Decoder(_Scope)
 _shared_decoder: Final = msgspec.msgpack.Decoder(_Shared)
 
@@ -142,6 +160,37 @@ def _read(value: bytes, of: Callable[[Reader], Callable[[bytes], _T]]) -> _T:
             f"a state record of {len(value)} bytes cannot be read ({error}): write the state anew from the ledger with "
             "`spendfuse state rebuild`"
         ) from error
+
+
+def is_older_scope(value: bytes, held: bytes) -> bool:
+    """Say whether a scope's state has counted less than another: some watermark of it is lower, or missing.
+
+    False where either cannot be read: that is for whoever reads the state to refuse.
+    """
+    return _is_behind(value, held, lambda plain: _marks_decoder.decode(plain).marks)
+
+
+def is_older_shared(value: bytes, held: bytes) -> bool:
+    """Say whether a shared scope's state knows an older share of some partition than another, or none; as above."""
+    return _is_behind(
+        value, held, lambda plain: {number: part.as_of for number, part in _as_of_decoder.decode(plain).parts.items()}
+    )
+
+
+def is_older_slot(value: bytes, held: bytes) -> bool:
+    """Say whether a slot of remembered ids is of an earlier round of the ring than another, or holds fewer of it."""
+    head = slice(0, SLOT_HEAD_BYTES)
+    return (value[head], len(value)) < (held[head], len(held))
+
+
+def _is_behind(value: bytes, held: bytes, marks_of: Callable[[bytes], dict[int, int]]) -> bool:
+    if value[:1] != VERSION or held[:1] != VERSION:
+        return False
+    try:
+        marks, known = marks_of(value[1:]), marks_of(held[1:])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return any(mark > marks.get(partition, -1) for partition, mark in known.items())
 
 
 def _plain_spend(spend: Spend) -> _Spend:

@@ -8,6 +8,12 @@
 3. The timer commits while the group rebalances. The broker refuses the old generation, aiokafka forgets the new one and
    joins again: a second rebalance right after the first, and the partitions stand still for a heartbeat's interval
    more. The cure lets the timer wait until the rebalance is over; what was acknowledged is committed then.
+4. Recovery takes a changelog's last record of a key, whoever wrote it. What a worker had sent before it was cut off may
+   arrive after what the new owner has written since, and would bring sums back to where they were. The cure keeps the
+   value that has counted more; the table writes it again (`FaustTable.heal`), so that compaction keeps it too.
+5. After a rebalance Faust seeks back to what is committed, since a fetch on its way may have moved the position while
+   its records were dropped. A partition of which nothing was ever committed it leaves where it is: all its first
+   records are lost. The cure goes back to its beginning.
 
 Faust's consumer is aiokafka's, so it is also given what ours have: no record batch can stop it.
 
@@ -19,14 +25,17 @@ task begin its loop again, where it looks at the subscription anew.
 import hashlib
 import inspect
 import logging
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import aiokafka
 from aiokafka.consumer.group_coordinator import GroupCoordinator
+from faust.stores.memory import Store
 from faust.tables.recovery import Recovery
 from faust.transport.consumer import Consumer
 
 from spendfuse.client.connection import read_anything
+from spendfuse.pipeline import codec
 
 RECOVERY_SHA256: Final = "6ef567acf072e46da3fccbccc6d662371f634f622c3d510972d5df81f70ae3ac"
 """Of the source of `Recovery.on_recovery_completed` that the first cure was proved on."""
@@ -40,6 +49,13 @@ _original_coordination = getattr(GroupCoordinator, _COORDINATION)
 _original_recovery_completed = Recovery.on_recovery_completed
 _original_consumer_init = aiokafka.AIOKafkaConsumer.__init__
 _original_commit = Consumer.commit
+_original_perform_seek = Consumer.perform_seek
+_original_apply = Store.apply_changelog_batch
+_stale: dict[str, set[bytes]] = {}
+OLDER: Final[dict[str, Callable[[bytes, bytes], bool]]] = {
+    "scopes": codec.is_older_scope, "ids": codec.is_older_slot, "shared": codec.is_older_shared,
+}  # fmt: skip
+"""For each table: whether a value is older than another of its key."""
 
 
 class CureMismatchError(Exception):
@@ -75,8 +91,48 @@ async def _commit(self: Any, topics: Any = None, start_new_transaction: bool = T
     return await _original_commit(self, topics, start_new_transaction)
 
 
-def install(fetch_max_wait_ms: int) -> None:
-    """Install the cures; calling it again only changes the fetch wait.
+async def _perform_seek(self: Any) -> None:
+    await _original_perform_seek(self)
+    never = [
+        place
+        for place in self.assignment()
+        if not self._is_changelog_tp(place) and self._read_offset.get(place) is None
+    ]
+    if never:
+        for place, offset in (await self.earliest_offsets(*never)).items():
+            await self._seek(place, offset)
+
+
+def _apply_changelog(
+    self: Any, batch: Iterable[Any], to_key: Callable[[Any], bytes], to_value: Callable[[Any], bytes]
+) -> None:
+    """Apply what a changelog says to a table of bytes, but for values that are older than what is there."""
+    is_older = OLDER.get(self.table_name, _never)
+    for event in batch:
+        key = to_key(event.key)
+        if event.message.value is None:
+            self.data.pop(key, None)
+            self._key_partition.pop(key, None)
+            continue
+        self._key_partition[key] = event.message.partition
+        value, held = to_value(event.value), self.data.get(key)
+        if held is not None and is_older(value, held):
+            _stale.setdefault(self.table_name, set()).add(key)
+        else:
+            self.data[key] = value
+
+
+def _never(_value: bytes, _held: bytes) -> bool:
+    return False
+
+
+def take_stale(table: str) -> set[bytes]:
+    """Return the keys of which a changelog's last words were found to be older than others, and forget them."""
+    return _stale.pop(table, set())
+
+
+def install(fetch_max_wait_ms: int, listen: Callable[[Any], None] = lambda _: None) -> None:
+    """Install the cures; calling it again only changes the fetch wait, and who listens to the client of the worker.
 
     Raises `CureMismatchError` when Faust is not the version they were proved on.
     """
@@ -87,13 +143,18 @@ def install(fetch_max_wait_ms: int) -> None:
         )
 
     def consumer_init(self: Any, *topics: str, **options: Any) -> None:
-        if options.get("fetch_max_wait_ms") == FAUST_FETCH_MAX_WAIT_MS:
+        is_worker = options.get("fetch_max_wait_ms") == FAUST_FETCH_MAX_WAIT_MS
+        if is_worker:
             options["fetch_max_wait_ms"] = fetch_max_wait_ms
         _original_consumer_init(self, *topics, **options)
         read_anything(self)
+        if is_worker:
+            listen(self._client)
 
     Recovery.on_recovery_completed = _recovery_completed  # type: ignore[method-assign]  # the cure itself
     Consumer.commit = _commit  # type: ignore[method-assign]  # the same
+    Consumer.perform_seek = _perform_seek  # type: ignore[method-assign]  # the same
+    Store.apply_changelog_batch = _apply_changelog  # type: ignore[method-assign]  # the same
     aiokafka.AIOKafkaConsumer.__init__ = consumer_init
     setattr(GroupCoordinator, _COORDINATION, _coordination)
 
@@ -102,5 +163,7 @@ def uninstall() -> None:
     """Take the cures out, as a test that must fail without them does."""
     Recovery.on_recovery_completed = _original_recovery_completed  # type: ignore[method-assign]  # the same
     Consumer.commit = _original_commit  # type: ignore[method-assign]  # the same
+    Consumer.perform_seek = _original_perform_seek  # type: ignore[method-assign]  # the same
+    Store.apply_changelog_batch = _original_apply  # type: ignore[method-assign]  # the same
     aiokafka.AIOKafkaConsumer.__init__ = _original_consumer_init
     setattr(GroupCoordinator, _COORDINATION, _original_coordination)

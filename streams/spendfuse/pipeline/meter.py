@@ -269,6 +269,11 @@ class MeterStage:
             left += self._board.publish((partition, scope), found, now_us)
         return left
 
+    async def heal(self, owned: set[int]) -> None:
+        """Write again what a recovery found overwritten by older states, on the partitions owned."""
+        async with self._flushing:
+            await asyncio.gather(*self._tables.scopes.heal(owned), *self._tables.ids.heal(owned))
+
     async def reconsider(self, owned: set[int]) -> None:
         """Judge every agent of the partitions owned again, after budgets or prices changed.
 

@@ -1,12 +1,13 @@
 """Where the worker puts what it publishes: one aiokafka producer for all of it."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
 
 from spendfuse.client.connection import producer_options
+from spendfuse.pipeline.awake import Awake
 from spendfuse.pipeline.records import Delivery, Headers
 from spendfuse.settings import BrokerSettings
 
@@ -14,10 +15,10 @@ from spendfuse.settings import BrokerSettings
 class KafkaOutbox:
     """An outbox over one aiokafka producer; records of one partition go out in the order they were put."""
 
-    def __init__(self, broker: BrokerSettings, before_send: Callable[[], None] = lambda: None) -> None:
-        """Take how to reach the broker, and what is called before each request; `start` connects."""
+    def __init__(self, broker: BrokerSettings, awake: Awake | None = None) -> None:
+        """Take how to reach the broker, and what knows whether a request may go; `start` connects."""
         self._broker = broker
-        self._before_send = before_send
+        self._awake = awake
         self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:
@@ -33,10 +34,12 @@ class KafkaOutbox:
 
     def _guard(self, producer: AIOKafkaProducer) -> None:
         """Have each request look first: what waited in a process that was frozen is older than its new owner's."""
-        send = producer.client.send
+        send, awake = producer.client.send, self._awake
+        if awake is None:
+            return
 
         async def look_and_send(node_id: Any, request: Any, **options: Any) -> Any:
-            self._before_send()
+            await awake.before(request)
             return await send(node_id, request, **options)
 
         producer.client.send = look_and_send

@@ -132,8 +132,10 @@ async def _write_tables(
     rebuilt = prepared.rebuilt
     total = len(rebuilt.scopes) + len(rebuilt.shared) + sum(len(seen.dirty) for seen in rebuilt.seen.values())
     for table, partition, key, value in rows_of(prepared):
+        if before[table].pop(key, None) is not None:
+            # A recovery prefers what has counted more, and what is rebuilt may lack calls in flight: it begins anew.
+            await put(_changelog(settings, table), partition, key, None)
         await put(_changelog(settings, table), partition, key, value)
-        before[table].pop(key, None)
         written.rows[table] += 1
         progress("records of the tables", sum(written.rows.values()), total)
     for table, keys in before.items():

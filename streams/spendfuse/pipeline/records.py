@@ -55,3 +55,7 @@ class Table(Protocol):
     def delete(self, partition: int, key: bytes) -> Delivery:
         """Forget a key and return the delivery of the tombstone that says so in the changelog."""
         ...
+
+    def heal(self, owned: set[int]) -> list[Delivery]:
+        """Write again what a recovery found overwritten by an older value, on the partitions owned."""
+        ...

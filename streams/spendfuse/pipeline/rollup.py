@@ -212,6 +212,11 @@ class RollupStage:
                 idle.append(name)
         return idle
 
+    async def heal(self, owned: set[int]) -> None:
+        """Write again what a recovery found overwritten by older states, on the partitions owned."""
+        async with self._flushing:
+            await asyncio.gather(*self._table.heal(owned))
+
     async def reconsider(self, owned: set[int]) -> None:
         """Judge every shared scope of the partitions owned again, after budgets changed.
 

@@ -3,9 +3,11 @@
 import asyncio
 from typing import Any
 
+from spendfuse.pipeline import faust_cures
 from spendfuse.pipeline.awake import Awake
 from spendfuse.pipeline.outbox import KafkaOutbox
 from spendfuse.pipeline.records import Delivery
+from spendfuse.pipeline.routing import split_state_key
 
 
 class FaustTable:
@@ -45,6 +47,12 @@ class FaustTable:
         data.pop(key, None)
         data._key_partition.pop(key, None)  # noqa: SLF001 - of a recovered key the store would keep this for ever
         return self._change(partition, key, None)
+
+    def heal(self, owned: set[int]) -> list[Delivery]:
+        """Write again what a recovery preferred to a changelog's last words, on the partitions owned."""
+        held = [(key, self.get(key)) for key in faust_cures.take_stale(self._table.name)]
+        known = [(split_state_key(key)[0], key, value) for key, value in held if value is not None]
+        return [self.write(partition, key, value) for partition, key, value in known if partition in owned]
 
     def _change(self, partition: int, key: bytes, value: bytes | None) -> Delivery:
         """Return the delivery of all that changes on a partition before the loop next turns: it leaves together."""

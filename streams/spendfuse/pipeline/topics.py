@@ -15,9 +15,11 @@ CHANGELOG_CONFIGS: Final = {
     "cleanup.policy": "compact",
     "segment.bytes": str(16 * 1_048_576),
     "min.cleanable.dirty.ratio": "0.2",
+    "min.compaction.lag.ms": "120000",
 }
 """Settings of the tables' changelogs. The segment that is written to is never compacted, and a restart reads all of it:
-by default that is 1 GiB of a partition, however few keys it has."""
+by default that is 1 GiB of a partition, however few keys it has. Nothing is compacted for two minutes, so that a record
+which arrives late from a former owner does not remove what is newer (`faust_cures`, 4)."""
 TOPIC_ALREADY_EXISTS: Final = TopicAlreadyExistsError.errno
 
 
