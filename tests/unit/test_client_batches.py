@@ -127,6 +127,19 @@ def test_of_many_large_batches_some_are_left_for_the_next_fetch(monkeypatch: pyt
         (batch(b"no zstd at all", 1, "zstd"), "cannot be decompressed"),
         (batch(gzip.compress(GOOD)[:-9], 1, "gzip"), "cannot be decompressed"),
     ],
+    ids=[
+        "far",
+        "before",
+        "twice",
+        "backwards",
+        "far-gzip",
+        "noise",
+        "too-few",
+        "too-many",
+        "no-gzip",
+        "no-zstd",
+        "cut",
+    ],
 )
 def test_a_batch_that_cannot_be_read_or_lies_becomes_one_record_that_says_why(raw: bytes, why: str) -> None:
     count = struct.unpack_from(">i", raw, 57)[0]
