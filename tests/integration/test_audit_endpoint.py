@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,7 +28,6 @@ from spendfuse.audit.files import SqlMissingError  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
     from spendfuse.audit.address import Address
 
@@ -386,7 +386,8 @@ async def test_the_ordinary_async_client_works_compressed_and_not(address: Addre
 
 
 def test_a_query_is_loaded_from_its_folder_and_a_name_never_leads_elsewhere() -> None:
-    assert "spend_1m" in queries.load("grafana/burn_rate")
+    written = Path(__file__).parents[2] / "sql" / "queries" / "grafana" / "burn_rate.sql"
+    assert queries.load("grafana/burn_rate") == written.read_text(encoding="utf-8")
     for name in ("../migrations/0001_database", "grafana/../totals", "/etc/passwd", "grafana/", "Totals", "a/b/c", ""):
         with pytest.raises(SqlMissingError, match=r"grafana/burn_rate, .*totals"):
             queries.load(name)
