@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
 from spendfuse.wire.packed import INDEX_BITS
-from spendfuse.wire.usage import Usage
 
 DIGEST_BYTES: Final = 12
 SLOTS: Final = 256
@@ -24,13 +23,8 @@ _HEADER: Final = struct.Struct(">Q")
 Verdict = Literal["new", "replay", "duplicate"]
 
 
-def usage_digest(usage: Usage, kind: str = "") -> bytes:
-    """Return the digest of a call id within its agent, and of the kind (`progress` repeats, so it has none)."""
-    return call_digest(usage.agent_path, usage.id, kind or usage.kind)
-
-
 def call_digest(path: str, call_id: str, kind: str) -> bytes:
-    """Return the digest of a call id within an agent's path, and of a kind."""
+    """Return the digest of a call id within an agent's path, and of the kind: each kind of a call has its own."""
     return hashlib.blake2b(f"{path}\n{call_id}\n{kind}".encode(), digest_size=DIGEST_BYTES).digest()
 
 
