@@ -72,7 +72,7 @@ lock: $(STAMP) ## pin every dependency again, with hashes and without addresses
 	$(PY) -m pip install --quiet uv
 	$(UV) pip compile pyproject.toml --extra all --extra prices --group dev --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate -o requirements.lock
-	for name in chart litellm peers; do $(UV) pip compile tests/bench/locks/$$name.in --universal --python-version 3.11 \
+	for name in chart litellm peers profile; do $(UV) pip compile tests/bench/locks/$$name.in --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate -o tests/bench/locks/$$name.txt || exit 1; done
 
 clean: ## forget the virtual environment and caches

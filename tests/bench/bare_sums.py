@@ -1,14 +1,18 @@
-"""A peer's bare windowed sum over a topic: `bare_sums.py aiokafka|quixstreams|bytewax SERVERS TOPIC GROUP COUNT`.
+"""A peer's bare windowed sum over a topic.
+
+    bare_sums.py aiokafka|quixstreams|bytewax SERVERS TOPIC GROUP COUNT [mixed]
 
 It runs in an environment of its own (locks/peers.txt), never in the project's. It reads JSON, and
 adds the output tokens of each agent in an hour's tumbling window; no check of what it reads, no price, no cap, no
-remembered ids. It prints `ready` at the first usage, and `done TOKENS` once it has seen COUNT more.
+remembered ids. Where messages mix agents (`mixed`), quixstreams groups by agent: it sums for each message key, which
+there is the key of no agent. It prints `ready` at the first usage, and `done TOKENS` once it has seen COUNT more.
 """
 
 import json
 import sys
 import tempfile
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 ALIGN_TO = datetime(2026, 1, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -64,7 +68,7 @@ def aiokafka(servers: str, topic: str, group: str, progress: Progress) -> None:
     asyncio.run(read())
 
 
-def quixstreams(servers: str, topic: str, group: str, progress: Progress) -> None:
+def quixstreams(servers: str, topic: str, group: str, progress: Progress, *, mixed: bool) -> None:
     """Run quixstreams as its documentation does: JSON, a tumbling window's sum, state with its changelog."""
     from quixstreams import Application
 
@@ -77,7 +81,8 @@ def quixstreams(servers: str, topic: str, group: str, progress: Progress) -> Non
             loglevel="ERROR",
         )
         frame = app.dataframe(app.topic(topic, value_deserializer="json"))
-        frame = frame.apply(usages, expand=True).apply(_output)
+        frame = frame.apply(usages, expand=True)
+        frame = (frame.group_by("agent") if mixed else frame).apply(_output)
         frame = frame.tumbling_window(HOUR).sum().current()
         _Counting.progress = progress
         progress.stop = app.stop
@@ -132,10 +137,9 @@ def bytewax(servers: str, topic: str, _group: str, progress: Progress) -> None:
 
 def main() -> None:
     """Run one peer until it is ended."""
-    name, servers, topic, group, count = sys.argv[1:]
-    {"aiokafka": aiokafka, "quixstreams": quixstreams, "bytewax": bytewax}[name](
-        servers, topic, group, Progress(int(count))
-    )
+    name, servers, topic, group, count, *mixed = sys.argv[1:]
+    run = {"aiokafka": aiokafka, "quixstreams": partial(quixstreams, mixed=bool(mixed)), "bytewax": bytewax}[name]
+    run(servers, topic, group, Progress(int(count)))
 
 
 if __name__ == "__main__":

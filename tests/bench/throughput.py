@@ -9,7 +9,8 @@ team and workspace. Each reads a topic of its own that holds the same bytes: it 
 written, and measured from its continuation until all are counted, or are on the ledger. The sums must be exact.
 
 Printed are usages a second by the process's CPU time (all threads) and by the clock, the median of the rounds, and the
-ratio to quixstreams within each round. Packed messages hold 100 usages of one agent, as a Meter sends them; where the
+ratio to quixstreams within each round. After the rounds one more worker is sampled, for a table of where its time goes.
+Packed messages hold 100 usages of one agent, as a Meter sends them; where the
 agents are too many for that, of 100 agents, as a forwarder sends them.
 """
 
@@ -31,6 +32,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from isolated import NotInstalledError, environment
 from platform_under_test import PARTITIONS, Platform, platform, publish_budgets
+from where_time_goes import sampled, shares
 
 from spendfuse.client.connection import admin_options, consumer_options, producer_options
 from spendfuse.wire.base import encode, from_us
@@ -40,6 +42,7 @@ from spendfuse.wire.usage import Tokens, Usage, UsagePack
 
 PACK = 100
 DEADLINE_S = 300.0
+SHARE_MIN = 0.01
 COST_NANOS = 36_450_000
 TOKENS = Tokens(input=1_200, cache_read=17_000, cache_write_5m=1_000, cache_write_1h=2_000, output=800)
 BARE_SUMS = Path(__file__).with_name("bare_sums.py")
@@ -147,17 +150,30 @@ class Ledger:
         return len(entries), sum(entry["charge"]["cost_nanos"] for entry in entries)
 
 
-def drained(process: psutil.Process, write: Callable[[], None], wait: Callable[[], float], count: int) -> Rate:
-    """Write the messages while a process is stopped, and return at what rate it takes them."""
+def drained(
+    process: psutil.Process,
+    write: Callable[[], None],
+    wait: Callable[[], float],
+    count: int,
+    samples: Path | None = None,
+) -> Rate:
+    """Write the messages while a process is stopped, and return at what rate it takes them; sampled, if into a file."""
     process.suspend()
     write()
+    if samples is not None:
+        with sampled(process.pid, samples):
+            return _resumed(process, wait, count)
+    return _resumed(process, wait, count)
+
+
+def _resumed(process: psutil.Process, wait: Callable[[], float], count: int) -> Rate:
     cpu_before, began = sum(process.cpu_times()[:2]), time.monotonic()
     process.resume()
     ended = wait()
     return Rate(count / (sum(process.cpu_times()[:2]) - cpu_before), count / (ended - began))
 
 
-def measure_spendfuse(run: Platform, made: list[Usage], *, packed: bool) -> Rate:
+def measure_spendfuse(run: Platform, made: list[Usage], *, packed: bool, samples: Path | None = None) -> Rate:
     """Return the rate of a worker; the ledger must hold every charge, to the nano-dollar."""
     ledger, count = Ledger(run), len(made) - 1
 
@@ -173,9 +189,8 @@ def measure_spendfuse(run: Platform, made: list[Usage], *, packed: bool) -> Rate
         asyncio.run(ledger.until(1))
         asyncio.run(ledger.mark())
         made_messages = messages(made[1:], packed=packed)
-        return drained(
-            psutil.Process(worker.pid), lambda: asyncio.run(produce(run, USAGE.name, made_messages)), wait, count
-        )
+        process = psutil.Process(worker.pid)
+        return drained(process, lambda: asyncio.run(produce(run, USAGE.name, made_messages)), wait, count, samples)
 
 
 def measure_peer(run: Platform, name: str, made: list[Usage], *, packed: bool, topic: str) -> Rate:
@@ -185,6 +200,7 @@ def measure_peer(run: Platform, name: str, made: list[Usage], *, packed: bool, t
     count = len(made) - 1
     python = Path(sys.executable) if name == "aiokafka" else environment("peers")
     argv = [python, BARE_SUMS, name, run.broker.bootstrap_servers, topic, topic, str(count)]
+    argv += ["mixed"] if packed and made[0].agent != made[1].agent else []
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as peer:
         lines = iter(peer.stdout or ())
         try:
@@ -231,6 +247,19 @@ def interleaved(run: Platform, names: Sequence[str], count: int, agents: int, ro
                 pairs = zip(rates[name], rates["quixstreams"], strict=True)
                 ratio = f"{statistics.median(ours.cpu / theirs.cpu for ours, theirs in pairs):.2f}"
             print(f"{name:12} {cpu:>15,.0f} {wall:>13,.0f} {ratio:>15}", flush=True)
+        if "spendfuse" in names:
+            with contextlib.suppress(NotInstalledError):
+                where(run, usages(count + 1, agents, f"where-{agents}-{packed:d}"), packed=packed)
+
+
+def where(run: Platform, made: list[Usage], *, packed: bool) -> None:
+    """Print where the time of one more worker goes, which is sampled and therefore not measured."""
+    samples = run.directory / "samples"
+    measure_spendfuse(run, made, packed=packed, samples=samples)
+    print(f"{'':4}where the worker's time goes")
+    for name, share in shares(samples):
+        if share >= SHARE_MIN:
+            print(f"{'':4}{share:6.1%}  {name}", flush=True)
 
 
 def main() -> None:
