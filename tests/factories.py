@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from spendfuse.engine.decide import CausedBy, Effects
 from spendfuse.engine.ids import SeenIds
 from spendfuse.engine.meter import PartitionMeter
+from spendfuse.engine.orders import CausedBy, Effects
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.prices import PriceBook
 from spendfuse.pipeline import quick

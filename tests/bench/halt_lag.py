@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 from platform_under_test import platform, publish_budgets
 
-from spendfuse.client.guard import Guard, GuardState
+from spendfuse.client.guard import Guard
 from spendfuse.client.halted import Halted
 from spendfuse.client.meter import Meter
+from spendfuse.client.silence import GuardState
 from spendfuse.wire.base import to_us
 from spendfuse.wire.budget import Budget, Cap, WindowSpec
 

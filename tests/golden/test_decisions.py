@@ -13,9 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from factories import calls
-from spendfuse.engine.decide import Effects
 from spendfuse.engine.ids import SeenIds
 from spendfuse.engine.meter import PartitionMeter
+from spendfuse.engine.orders import Effects
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.prices import PriceBook
 from spendfuse.engine.rollup import apply_rollup, reconsider_shared

@@ -85,7 +85,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
     def make(*budgets: Budget) -> Bench:
         made.append(Bench(*budgets))
         # What Kafka stamps is the driver's time here.
-        monkeypatch.setattr("spendfuse.client.guard._wall_ms", lambda: made[-1].driver.now_us // 1_000)
+        monkeypatch.setattr("spendfuse.client.admission._wall_ms", lambda: made[-1].driver.now_us // 1_000)
         return made[-1]
 
     yield make

@@ -49,7 +49,8 @@ class Time:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     found = Time()
-    monkeypatch.setattr("spendfuse.client.guard.monotonic", found)
+    for module in ("guard", "silence"):
+        monkeypatch.setattr(f"spendfuse.client.{module}.monotonic", found)
     return found
 
 

@@ -97,7 +97,8 @@ def test_a_halt_expires_with_its_window(window: str, zone: str, expires: str) ->
 def test_a_run_is_halted_for_good() -> None:
     """The rollup judges runs; here the rule itself, since a run has one window."""
     from factories import cause
-    from spendfuse.engine.decide import Held, decide
+    from spendfuse.engine.crossings import Held
+    from spendfuse.engine.decide import decide
     from spendfuse.engine.spend import Spend
 
     scope = "run:acme/run-1"

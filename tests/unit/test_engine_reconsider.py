@@ -3,7 +3,8 @@
 import pytest
 
 from factories import AGENT, DAY, HOUR, MINUTE, NOW, SECOND, Line, at, book, budget, cap, row, told
-from spendfuse.engine.decide import SEQ_KEPT_US, Effects
+from spendfuse.engine.fuses import SEQ_KEPT_US
+from spendfuse.engine.orders import Effects
 from spendfuse.wire.base import NANOS_MAX, from_us
 
 MIDNIGHT = at("2026-11-24T00:00:00Z")

@@ -3,7 +3,7 @@
 import pytest
 
 from factories import AGENT, DAY, HOUR, MINUTE, NOW, SECOND, Line, at, budget, cap
-from spendfuse.engine.decide import Held
+from spendfuse.engine.crossings import Held
 from spendfuse.engine.forecast import burn_per_hour, runway_s
 from spendfuse.engine.sentences import amount, instant, money
 from spendfuse.engine.spend import NANOS, TOKENS, Plan, Spend

@@ -20,9 +20,10 @@ And before each call: `guard = Guard.from_env()` once, then `guard.check()`, whi
 
 from spendfuse.client.calls import Call
 from spendfuse.client.extract import Extracted, from_anthropic, from_gemini, from_openai_chat, from_openai_responses
-from spendfuse.client.guard import Guard, GuardState, Left
+from spendfuse.client.guard import Guard, Left
 from spendfuse.client.halted import Halted, NoRoom
 from spendfuse.client.meter import Meter, MeterStats
+from spendfuse.client.silence import GuardState
 from spendfuse.wire.usage import Tokens, Usage
 
 __all__ = [

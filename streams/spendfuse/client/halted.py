@@ -1,5 +1,8 @@
 """What a guard raises: an agent must stop, or one call does not fit in what is left."""
 
+from typing import Self
+
+from spendfuse.wire.base import rfc3339
 from spendfuse.wire.control import Command
 from spendfuse.wire.remaining import Remaining
 
@@ -13,6 +16,14 @@ class Halted(Exception):  # noqa: N818 - named by the design
     def __init__(self, message: str, command: Command | None = None) -> None:
         super().__init__(message)
         self.command = command
+
+    @classmethod
+    def of(cls, command: Command, agent: str) -> Self:
+        """Return what an agent (its scope) is told of a halt."""
+        what = command.message or f"{command.scope} is halted by budget {command.budget}, cap {command.cap}"
+        reason = f" ({command.reason})" if command.reason and command.reason not in what else ""
+        until = f", until {rfc3339(command.expires_at)}" if command.expires_at is not None else ""
+        return cls(f"{agent} is halted: {what}{reason} [by {command.by}, seq {command.seq}{until}]", command)
 
 
 class NoRoom(Halted):

@@ -7,6 +7,7 @@ being retired is written with its end, `kid=<base64>;until=2026-12-01T00:00:00Z`
 
 import base64
 import binascii
+import logging
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -16,8 +17,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from spendfuse.client.clock import wall_clock
+from spendfuse.settings import GuardSettings, SettingsError
 from spendfuse.wire.base import from_us, rfc3339, to_us
 from spendfuse.wire.signing import ALGORITHM, bytes_to_sign
+from spendfuse.wire.topics import COMMANDS
 
 KEY_BYTES: Final = 32
 KEYS_MAX: Final = 16
@@ -26,6 +29,7 @@ SIGNATURE_CHARS: Final = 88
 HEADER_BYTES_MAX: Final = 256
 _KID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _HEADER: Final = re.compile(rb"ed25519;kid=([A-Za-z0-9][A-Za-z0-9._+-]{0,63});([A-Za-z0-9+/]{86}==)")
+_log = logging.getLogger("spendfuse")
 
 
 class BadSignature(Exception):  # noqa: N818 - named by the design
@@ -206,3 +210,19 @@ def _checked_kid(kid: str) -> str:
     if _KID.fullmatch(kid) is None:
         raise ValueError(f"key id {kid!r} is not 1-64 of A-Z a-z 0-9 . _ + -")
     return kid
+
+
+def verifier_of(settings: GuardSettings) -> Verifier | None:
+    """Return what proves a command to a guard; None where it obeys anybody. Raises SettingsError without any key."""
+    if settings.public_keys:
+        try:
+            return Verifier.parse(settings.public_keys)
+        except ValueError as error:
+            raise SettingsError(f"settings cannot be used:\n  SPENDFUSE_PUBLIC_KEYS: {error}") from error
+    if not settings.unsigned_commands:
+        raise SettingsError(
+            "a guard needs the public key of whoever may halt it: set SPENDFUSE_PUBLIC_KEYS=kid=base64 (or "
+            "SPENDFUSE_PUBLIC_KEYS_FILE); for development alone, SPENDFUSE_UNSIGNED_COMMANDS=true obeys anybody"
+        )
+    _log.warning("spendfuse guard obeys unsigned commands: anybody who can write to %s commands it", COMMANDS.name)
+    return None

@@ -8,9 +8,10 @@ from multiprocessing.connection import Connection
 from typing import Any, Final, NamedTuple
 
 from spendfuse.client.clock import ScaledClock, parse_clock
-from spendfuse.client.guard import Guard, GuardState
+from spendfuse.client.guard import Guard
 from spendfuse.client.halted import Halted
 from spendfuse.client.meter import Meter
+from spendfuse.client.silence import GuardState
 from spendfuse.demo.plan import MODEL, PROVIDER, ROOT_RUN, TEAM, WEEKEND_US, WORKFLOW, WORKSPACE, AgentPlan
 from spendfuse.engine.windows import SECOND_US
 from spendfuse.settings import ClockSettings

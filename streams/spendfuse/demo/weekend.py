@@ -16,7 +16,7 @@ from rich.console import Console
 from spendfuse.adapters import price_book_file
 from spendfuse.adapters.budget_file import parse
 from spendfuse.client.clock import ScaledClock
-from spendfuse.client.guard import GuardState
+from spendfuse.client.silence import GuardState
 from spendfuse.demo.agent import AgentReport, run_agent
 from spendfuse.demo.live import LiveView
 from spendfuse.demo.plan import MODEL, PROVIDER, RATES, WEEKEND_NANOS, WEEKEND_US, WORKSPACE, AgentPlan, weekend

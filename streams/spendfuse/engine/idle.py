@@ -9,7 +9,7 @@ follow event time. A run's window never closes, so there idleness alone counts.
 from collections.abc import Mapping
 from typing import Final
 
-from spendfuse.engine.decide import SEQ_KEPT_US, next_seq, standing_of
+from spendfuse.engine.fuses import SEQ_KEPT_US, next_seq, standing_of
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.spend import Spend
 from spendfuse.engine.state import Fuse, ScopeState, SharedState

@@ -9,19 +9,11 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from spendfuse.engine.call import Call, Who
-from spendfuse.engine.decide import (
-    NOBODY,
-    NOTHING_HELD,
-    CausedBy,
-    Effects,
-    Held,
-    decide,
-    deny_unknown_model,
-    reconsider,
-    stays_quiet,
-)
+from spendfuse.engine.crossings import NOTHING_HELD, Held
+from spendfuse.engine.decide import decide, deny_unknown_model, reconsider, stays_quiet
 from spendfuse.engine.due import Due
 from spendfuse.engine.ids import SeenIds, call_digest
+from spendfuse.engine.orders import NOBODY, CausedBy, Effects
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.prices import Charge, PriceBook
 from spendfuse.engine.remaining import remaining_of, rolls_at

@@ -1,6 +1,6 @@
 """A fuse as its commands left it: from the ledger, where every command is, back to what the decision remembers."""
 
-from spendfuse.engine.decide import SHADOW, keep_fired, order_text, standing_of
+from spendfuse.engine.fuses import SHADOW, keep_fired, order_text, standing_of
 from spendfuse.engine.policies import Limit, Policies
 from spendfuse.engine.spend import RUN_KEY
 from spendfuse.engine.state import Fired, Fuse

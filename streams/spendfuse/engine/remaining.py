@@ -1,6 +1,6 @@
 """What is left of each cap that halts, for the guards under it."""
 
-from spendfuse.engine.decide import Held
+from spendfuse.engine.crossings import Held
 from spendfuse.engine.policies import Limit, ScopePolicy
 from spendfuse.engine.spend import NANOS, TOKENS, Spend
 from spendfuse.engine.windows import FOREVER_US, RUN_WINDOW, calendar_window, slot_of, slot_us

@@ -4,7 +4,9 @@ A share overwrites what its partition said before, and an older one never replac
 so that a replay changes nothing.
 """
 
-from spendfuse.engine.decide import NOBODY, CausedBy, Effects, Held, decide, reconsider
+from spendfuse.engine.crossings import Held
+from spendfuse.engine.decide import decide, reconsider
+from spendfuse.engine.orders import NOBODY, CausedBy, Effects
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.remaining import remaining_of
 from spendfuse.engine.spend import RUN_KEY, Spend, merged

@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from spendfuse.engine.decide import Held
+from spendfuse.engine.crossings import Held
 from spendfuse.engine.forecast import burn_per_hour, runway_s
 from spendfuse.engine.policies import Limit, ScopePolicy
 from spendfuse.engine.spend import NANOS, TOKENS, Spend

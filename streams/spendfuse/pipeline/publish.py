@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from spendfuse.client.keys import Signer
-from spendfuse.engine.decide import Effects
+from spendfuse.engine.orders import Effects
 from spendfuse.pipeline.intake import REASON_CHARS_MAX, Round
 from spendfuse.pipeline.records import Delivery, Headers, Outbox, SourceRecord
 from spendfuse.pipeline.register import Kept

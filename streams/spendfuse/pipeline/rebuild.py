@@ -30,7 +30,7 @@ from spendfuse.client.clock import Clock
 from spendfuse.client.connection import Consumer, consumer_options
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import Verifier
-from spendfuse.engine.decide import SEQ_KEPT_US
+from spendfuse.engine.fuses import SEQ_KEPT_US
 from spendfuse.engine.idle import bound_us
 from spendfuse.engine.rebuilt import Rebuilt
 from spendfuse.pipeline.feed import PolicyFeed, price_book_of

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from spendfuse.client.accept import Refused, accept
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import Verifier
-from spendfuse.engine.decide import Held
+from spendfuse.engine.crossings import Held
 from spendfuse.engine.forecast import burn_per_hour
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.rollup import held_by

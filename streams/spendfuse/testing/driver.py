@@ -15,7 +15,7 @@ from aiokafka.partitioner import murmur2
 from spendfuse.adapters import price_book_file
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import PublicKey, Signer, Verifier, parse_public_keys
-from spendfuse.engine.decide import Held
+from spendfuse.engine.crossings import Held
 from spendfuse.engine.idle import bound_us
 from spendfuse.engine.rollup import held_by
 from spendfuse.engine.spend import Spend, merged
