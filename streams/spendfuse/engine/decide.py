@@ -582,6 +582,11 @@ def _command_id(*parts: object) -> str:
     return hashlib.sha256("\n".join(str(part) for part in parts).encode()).hexdigest()[:32]
 
 
+def alert_id(command_id: str) -> str:
+    """Return the id of the alert about a command."""
+    return _command_id("alert", command_id)
+
+
 def _cause(cause: CausedBy) -> Cause | None:
     if not cause.usage_id:
         return None
@@ -607,7 +612,7 @@ def _measure(crossing: _Crossing) -> Measure:
 
 def _alert(command: Command, now_us: int, *, shadow: bool) -> Alert:
     return Alert(
-        id=_command_id("alert", command.id),
+        id=alert_id(command.id),
         ts=from_us(now_us),
         kind="shadow" if shadow else command.action,
         severity="info" if shadow else SEVERITY[command.action],  # type: ignore[arg-type]  # the table's values are the literals
