@@ -14,12 +14,15 @@ from spendfuse.engine.spend import Hold, Spend
 from spendfuse.engine.state import Fired, Fuse, Part, ScopeState, SharedState
 from spendfuse.pipeline.codec import (
     READERS,
+    SLOT_READERS,
     Reader,
     UnreadableStateError,
     decode_scope,
     decode_shared,
     encode_scope,
     encode_shared,
+    is_older_slot,
+    restore_slot,
 )
 from spendfuse.wire.packed import Origin
 
@@ -136,8 +139,56 @@ def test_remembered_ids_are_the_same_after_a_restart(ids: list[tuple[bytes, int]
     for digest, offset in ids:
         before.remember(digest, Origin(offset % 7, offset, 3))
     for value in before.take_dirty().values():
-        after.restore(value)
+        restore_slot(after, value)
     for digest, offset in ids:
         assert after.judge(digest, Origin(offset % 7, offset, 3)) == "replay"
         assert after.judge(digest, Origin(offset % 7 + 1, offset, 3)) == "duplicate"
     assert after.take_dirty() == {}
+
+
+SLOT_V0 = "0000000000000103" + "000102030405060708090a0b" + "0005" + "0000000000070003" + "ff" * 12 + "ffff" + "00" * 8
+"""Slot 259 as every release has written it: a number of eight bytes, of which the first is the version, and two ids."""
+
+
+def test_a_slot_that_the_first_version_wrote_is_read_and_written_as_it_was() -> None:
+    seen = SeenIds()
+    restore_slot(seen, bytes.fromhex(SLOT_V0))
+    first, second = bytes(range(12)), b"\xff" * 12
+    assert seen.sequence == 259
+    assert seen.slots == {259: [first, second]}
+    assert seen.origins == {first: (5, 0x70003), second: (65_535, 0)}
+    seen.dirty.add(259)
+    assert seen.take_dirty() == {3: bytes.fromhex(SLOT_V0)}, "a worker of the release before reads it too"
+
+
+@pytest.mark.parametrize("version", [b"\x01", b"\x02", b"\xff"])
+def test_a_slot_of_a_version_that_this_worker_does_not_know_is_refused_with_what_to_do(version: bytes) -> None:
+    seen = SeenIds()
+    with pytest.raises(
+        UnreadableStateError, match=r"run the version that wrote it, or .*`spendfuse state rebuild`"
+    ) as said:
+        restore_slot(seen, version + bytes.fromhex(SLOT_V0)[1:])
+    assert f"{version!r}, and this worker reads b'\\x00'" in str(said.value)
+    assert seen == SeenIds(), "nothing of it was taken in"
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 9, 29, 31])
+def test_half_a_slot_is_refused(length: int) -> None:
+    with pytest.raises(UnreadableStateError, match="spendfuse state rebuild"):
+        restore_slot(SeenIds(), bytes.fromhex(SLOT_V0)[:length])
+
+
+def test_slots_of_two_versions_are_read_side_by_side_during_an_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SLOT_READERS, b"\x01", lambda seen, value: seen.restore(b"\x00" + value[1:]))
+    seen = SeenIds()
+    restore_slot(seen, bytes.fromhex(SLOT_V0))
+    restore_slot(seen, b"\x01" + bytes.fromhex(SLOT_V0.replace("0103", "0104", 1))[1:])
+    assert sorted(seen.slots) == [259, 260]
+
+
+def test_of_slots_of_two_versions_neither_passes_for_the_older() -> None:
+    today = bytes.fromhex(SLOT_V0)
+    tomorrow = b"\x01" + today[1:]
+    assert not is_older_slot(today, tomorrow)
+    assert not is_older_slot(tomorrow, today)
+    assert is_older_slot(today[:-22], today)

@@ -77,7 +77,7 @@ def test_a_crash_and_its_replays_are_no_mismatch() -> None:
 def test_a_slot_of_ids_that_cannot_be_read_is_refused() -> None:
     pipeline = counted(1)
     slot = next(nth for nth, record in enumerate(pipeline.changelog) if record.table == "ids")
-    pipeline.changelog[slot] = pipeline.changelog[slot]._replace(value=b"short")
+    pipeline.changelog[slot] = pipeline.changelog[slot]._replace(value=b"\x00shor")
     with pytest.raises(UnreadableStateError, match=r"slot 0 of partition \d: a slot of remembered ids has 5 bytes"):
         pipeline.crash()
 

@@ -154,9 +154,14 @@ def _measure(crossing: Crossing) -> Measure:
     )
 
 
+def alert_id(command_id: str) -> str:
+    """Return the id of the alert about a command."""
+    return id_of("alert", command_id)
+
+
 def _alert(command: Command, now_us: int, *, shadow: bool) -> Alert:
     return Alert(
-        id=id_of("alert", command.id),
+        id=alert_id(command.id),
         ts=from_us(now_us),
         kind="shadow" if shadow else command.action,
         severity="info" if shadow else SEVERITY[command.action],  # type: ignore[arg-type]  # the table's values are the literals

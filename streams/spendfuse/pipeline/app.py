@@ -85,7 +85,7 @@ def create_app(
     factor = clock.factor if isinstance(clock, ScaledClock) else 1  # the grace is for what takes real time
     violations = Violations(register.halts, int(settings.violation_grace_s * SECOND_US) * factor)
     ends = Ends(KafkaEnds(broker))
-    meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services, violations, ends, awake)
+    meter, rollup = _agents(app, settings, publisher, outbox, feed, clock, services, violations, ends, awake, register)
     _run_beside(app, services, settings, meter, rollup, awake)
     return app
 
@@ -147,6 +147,7 @@ def _agents(
     violations: Violations,
     ends: Ends,
     awake: Awake,
+    register: Register,
 ) -> tuple[MeterStage, RollupStage]:
     def table(name: str) -> FaustTable:
         made = app.Table(
@@ -172,6 +173,7 @@ def _agents(
         violations=violations,
         ends=ends,
         idle_us=idle_us,
+        latest=register.latest_command,
     )
     rollup = RollupStage(
         table=table("shared"),
@@ -181,6 +183,7 @@ def _agents(
         generation=generation,
         ends=ends,
         idle_us=idle_us,
+        latest=register.latest_command,
     )
 
     async def meter_agent(stream: Any) -> None:

@@ -1,14 +1,15 @@
-"""How state is written: one version byte, then MessagePack of plain integers and strings.
+"""How state is written: one version byte, then MessagePack of plain integers and strings; or a slot of remembered ids.
 
 A release reads a version before any release writes it: workers of two neighbouring releases take partitions from each
 other during a rolling upgrade. What no entry of `READERS` reads is refused with words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
+from spendfuse.engine.ids import SeenIds
 from spendfuse.engine.spend import Hold, Spend
 from spendfuse.engine.state import Fired, Fuse, Part, ScopeState, SharedState
 
@@ -16,6 +17,8 @@ SLOT_HEAD_BYTES: Final = 8
 """Of a slot of remembered ids: its number in the ring's rounds, big-endian (`engine/ids.py`)."""
 VERSION: Final = b"\x01"
 """The version that is written."""
+SLOT_VERSION: Final = b"\x00"
+"""The version of slots that is written: their first byte too, since a slot's number never reaches 2**56."""
 
 _Windows = dict[str, list[int]]
 _Rolling = dict[int, dict[int, list[int]]]
@@ -145,14 +148,30 @@ READERS: Final[dict[bytes, Reader]] = {b"\x01": Reader(_scope_v1, _shared_v1)}
 """Every version that can be read."""
 
 
+SLOT_READERS: Final[dict[bytes, Callable[[SeenIds, bytes], None]]] = {SLOT_VERSION: SeenIds.restore}
+"""Every version of slots that can be read; a reader takes the whole slot, and raises `ValueError`."""
+
+
+def restore_slot(seen: SeenIds, value: bytes) -> None:
+    """Take a slot of remembered ids into the ring.
+
+    Raises `UnreadableStateError`.
+    """
+    reader = SLOT_READERS.get(value[:1])
+    if reader is None:
+        raise _unknown_version("a slot of remembered ids", value, SLOT_READERS)
+    try:
+        reader(seen, value)
+    except ValueError as error:
+        raise UnreadableStateError(
+            f"{error}: write the state anew from the ledger with `spendfuse state rebuild`"
+        ) from error
+
+
 def _read(value: bytes, of: Callable[[Reader], Callable[[bytes], _T]]) -> _T:
     reader = READERS.get(value[:1])
     if reader is None:
-        known = ", ".join(repr(version) for version in sorted(READERS))
-        raise UnreadableStateError(
-            f"a state record has codec version {value[:1]!r}, and this worker reads {known}: run the version that "
-            "wrote it, or write the state anew with `spendfuse state rebuild`"
-        )
+        raise _unknown_version("a state record", value, READERS)
     try:
         return of(reader)(value[1:])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:  # msgspec leaves the text of a key to Python
@@ -160,6 +179,14 @@ def _read(value: bytes, of: Callable[[Reader], Callable[[bytes], _T]]) -> _T:
             f"a state record of {len(value)} bytes cannot be read ({error}): write the state anew from the ledger with "
             "`spendfuse state rebuild`"
         ) from error
+
+
+def _unknown_version(what: str, value: bytes, readers: Iterable[bytes]) -> UnreadableStateError:
+    known = ", ".join(repr(version) for version in sorted(readers))
+    return UnreadableStateError(
+        f"{what} has codec version {value[:1]!r}, and this worker reads {known}: run the version that "
+        "wrote it, or write the state anew with `spendfuse state rebuild`"
+    )
 
 
 def is_older_scope(value: bytes, held: bytes) -> bool:
@@ -178,7 +205,12 @@ def is_older_shared(value: bytes, held: bytes) -> bool:
 
 
 def is_older_slot(value: bytes, held: bytes) -> bool:
-    """Say whether a slot of remembered ids is of an earlier round of the ring than another, or holds fewer of it."""
+    """Say whether a slot of remembered ids is of an earlier round of the ring than another, or holds fewer of it.
+
+    False where either is of another version, as above.
+    """
+    if value[:1] != SLOT_VERSION or held[:1] != SLOT_VERSION:
+        return False
     head = slice(0, SLOT_HEAD_BYTES)
     return (value[head], len(value)) < (held[head], len(held))
 

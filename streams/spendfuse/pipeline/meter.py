@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from pydantic import ValidationError
 
 from spendfuse.client.clock import Clock
+from spendfuse.engine.again import Latest, sequences_of, unsaid
 from spendfuse.engine.call import Call
 from spendfuse.engine.idle import bound_us, scope_is_idle
 from spendfuse.engine.ids import SLOTS, SeenIds
@@ -19,7 +20,7 @@ from spendfuse.engine.meter import Outcome, PartitionMeter
 from spendfuse.engine.state import ScopeState
 from spendfuse.pipeline import quick
 from spendfuse.pipeline.board import Board
-from spendfuse.pipeline.codec import UnreadableStateError, decode_scope, encode_scope
+from spendfuse.pipeline.codec import UnreadableStateError, decode_scope, encode_scope, restore_slot
 from spendfuse.pipeline.feed import PolicyFeed
 from spendfuse.pipeline.intake import reason
 from spendfuse.pipeline.ledger_text import charged_texts, entry_texts
@@ -92,13 +93,15 @@ class MeterStage:
         violations: Violations,
         ends: Ends | None = None,
         idle_us: int = IDLE_US,
+        latest: Latest = lambda _: None,
     ) -> None:
         """Take the ports; `generation` changes whenever partitions are assigned anew; `ends` vouches for the state.
 
-        A scope is forgotten after `idle_us`.
+        A scope is forgotten after `idle_us`. `latest` knows what was commanded, by whatever worker.
         """
         self.counters = Counters()
         self._idle_us = idle_us
+        self._latest = latest
         self._sweep = Sweep(tables.scopes.keys)
         self._ends = ends
         self._tables = tables
@@ -253,7 +256,10 @@ class MeterStage:
         now_us = self._clock()
         for partition, pending in self._partitions.items():
             for scope in pending.meter.due.take(now_us):
+                fuses = pending.meter.state(scope).fuses
+                before = sequences_of(fuses)
                 effects = pending.meter.passed(scope, self._feed.policies, self._feed.book, now_us)
+                effects = unsaid(effects, fuses, before, self._latest)
                 pending.dirty.add(scope)
                 pending.unpublished.add(scope)
                 self._board.touch((partition, scope))
@@ -294,7 +300,10 @@ class MeterStage:
     async def _reconsider_agent(self, partition: int, scope: str) -> None:
         pending = self._pending(partition)
         in_use = scope in pending.meter.states
+        fuses = pending.meter.state(scope).fuses
+        before = sequences_of(fuses)
         effects = pending.meter.reconsider(scope, self._feed.policies, self._feed.book, self._clock())
+        effects = unsaid(effects, fuses, before, self._latest)
         pending.meter.watch(scope)
         if self._feed.policies.of(scope).limits or self._board.knows((partition, scope)):
             self._board.touch((partition, scope))
@@ -336,12 +345,9 @@ class MeterStage:
             value = self._tables.ids.get(state_key(partition, str(slot)))
             if value is not None:
                 try:
-                    seen.restore(value)
-                except ValueError as error:
-                    raise UnreadableStateError(
-                        f"slot {slot} of partition {partition}: {error}. Write the state anew from the ledger with "
-                        "`spendfuse state rebuild`"
-                    ) from error
+                    restore_slot(seen, value)
+                except UnreadableStateError as error:
+                    raise UnreadableStateError(f"slot {slot} of partition {partition}: {error}") from error
         return PartitionMeter(partition, load, seen)
 
     def _count(self, outcome: Outcome, usages: int) -> None:

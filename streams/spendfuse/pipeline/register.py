@@ -72,6 +72,11 @@ class Register:
         """Return the genuine command of the highest `seq` of a key, None if there is none."""
         return self._kept.get(key or b"")
 
+    def latest_command(self, key: str) -> Command | None:
+        """Return the genuine command of the highest `seq` of `scope|budget|cap`, None if there is none."""
+        kept = self._kept.get(key.encode())
+        return None if kept is None else kept.command
+
     def is_retiring(self, kept: Kept) -> bool:
         """Say whether the key that signed a command has an end: no guard would believe the command after it."""
         return self.verifier is not None and kept.kid in self.verifier.retiring

@@ -8,6 +8,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from spendfuse.client.clock import Clock
+from spendfuse.engine.again import Latest, sequences_of, unsaid
 from spendfuse.engine.due import Due
 from spendfuse.engine.idle import bound_us, shared_is_idle
 from spendfuse.engine.remaining import rolls_at
@@ -55,13 +56,15 @@ class RollupStage:
         generation: Callable[[], int],
         ends: Ends | None = None,
         idle_us: int = IDLE_US,
+        latest: Latest = lambda _: None,
     ) -> None:
         """Take the ports; `generation` changes whenever partitions are assigned anew; `ends` vouches for the state.
 
-        A scope is forgotten after `idle_us`.
+        A scope is forgotten after `idle_us`. `latest` knows what was commanded, by whatever worker.
         """
         self._ends = ends
         self._idle_us = idle_us
+        self._latest = latest
         self._sweep = Sweep(table.keys)
         # Known to be assigned: a table also holds keys of partitions that have left, which are not ours to delete.
         self._ours: set[int] = set()
@@ -147,7 +150,9 @@ class RollupStage:
             state = self._state(*name)
             self._watch(name, state, now_us)
             self._board.touch(name)
+            before = sequences_of(state.fuses)
             effects = passed_shared(name[1], state, policies, now_us=now_us, price_book=price_book)
+            effects = unsaid(effects, state.fuses, before, self._latest)
             if effects is not None:
                 self._dirty.add(name)
                 self._deliveries += await self._publisher.effects(effects)
@@ -238,14 +243,13 @@ class RollupStage:
     async def _reconsider_scope(self, partition: int, scope: str) -> None:
         name = (partition, scope)
         in_use = name in self._states
+        state, now_us = self._state(partition, scope), self._clock()
+        before = sequences_of(state.fuses)
         effects = reconsider_shared(
-            scope,
-            self._state(partition, scope),
-            self._feed.policies,
-            now_us=self._clock(),
-            price_book=self._feed.book.version,
+            scope, state, self._feed.policies, now_us=now_us, price_book=self._feed.book.version
         )
-        self._watch(name, self._state(partition, scope), self._clock())
+        effects = unsaid(effects, state.fuses, before, self._latest)
+        self._watch(name, state, now_us)
         if self._feed.policies.of(scope).limits or self._board.knows(name):
             self._board.touch(name)
         if effects is not None:

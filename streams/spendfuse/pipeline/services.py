@@ -39,6 +39,8 @@ INTAKE_RECORDS_MAX: Final = 2_000
 RECORDER_RECORDS_MAX: Final = 500
 POLL_MS: Final = 200
 COMMIT_INTERVAL_S: Final = 1.0
+LEAVE_S_MAX: Final = 3.0
+"""Longest that a worker which is told to stop waits for the end of what it handles, and to leave a group."""
 NS_PER_US: Final = 1_000
 
 log: Any = structlog.get_logger("spendfuse.worker")
@@ -86,27 +88,62 @@ class GroupReader:
         self._listener = _Joined(self.joined)
         self._topics = list(topics)
         self._committed_at = 0.0
+        self._polling: asyncio.Future[Any] | None = None
+        self._ending = False
+        self._left = asyncio.Event()
+        self._left.set()
 
     async def run(self, handle: Callable[[list[list[ConsumerRecord]]], Any]) -> None:
-        """Read, handle (what was read, by partition), commit, for ever."""
+        """Read, handle (what was read, by partition), commit, until `leave`."""
         consumer = Consumer(group_id=self._group, **consumer_options(self._broker, self._group))
         consumer.subscribe(self._topics, listener=self._listener)
+        self._left.clear()
         try:
             await consumer.start()
             self._consumer = consumer
-            while True:
-                batches = await consumer.getmany(timeout_ms=POLL_MS, max_records=self._records_max)
+            while not self._ending:
+                batches = await self._poll(consumer)
                 if batches:
                     await handle(list(batches.values()))
                 await self._commit(consumer)
         finally:
             self._consumer = None
+            # Cancelled half-way, it would leave the group waiting for a member that is gone, for a whole session.
+            await asyncio.shield(asyncio.ensure_future(self._stop(consumer)))
+
+    async def _poll(self, consumer: Consumer) -> dict[Any, list[ConsumerRecord]]:
+        """Return what there is to be read; nothing when `leave` was called meanwhile."""
+        self._polling = asyncio.ensure_future(consumer.getmany(timeout_ms=POLL_MS, max_records=self._records_max))
+        try:
+            batches: dict[Any, list[ConsumerRecord]] = await self._polling
+        except asyncio.CancelledError:
+            if not self._ending:
+                raise
+            return {}
+        return batches
+
+    async def _stop(self, consumer: Consumer) -> None:
+        try:
             await consumer.stop()
+        finally:
+            self._left.set()
+
+    async def leave(self) -> None:
+        """Finish what is being handled, commit it and leave the group, so that nobody waits for a session to run out.
+
+        After `LEAVE_S_MAX` seconds it returns all the same.
+        """
+        self._ending = True
+        if self._polling is not None:
+            self._polling.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S_MAX):
+                await self._left.wait()
 
     async def _commit(self, consumer: Consumer) -> None:
         now = asyncio.get_running_loop().time()
         # In a rebalance the broker would refuse, and aiokafka would join once more after it.
-        if now - self._committed_at < COMMIT_INTERVAL_S or self._listener.rebalancing:
+        if self._listener.rebalancing or not (self._ending or now - self._committed_at >= COMMIT_INTERVAL_S):
             return
         self._committed_at = now
         # A rebalance in between makes the commit someone else's: the records come again, and change nothing.
@@ -208,8 +245,9 @@ class Services:
             log.info("signed again", commands=len(kept))
 
     async def stop(self) -> None:
-        """Close what `start` opened."""
+        """Leave the groups, then close what `start` opened."""
         self._set_ready_file(present=False)
+        await asyncio.gather(self._intake.leave(), self._recorder.leave())
         for follower in self._followers:
             await follower.stop()
         await self._outbox.stop()

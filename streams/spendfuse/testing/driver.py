@@ -385,6 +385,7 @@ class PipelineDriver:
             "generation": lambda: self._generation,
             "ends": Ends(self._end_of, 0.0),
             "idle_us": self._idle_us,
+            "latest": self._register.latest_command,
         }
         violations = Violations(self._register.halts, self._violation_grace_us)
         self._meter = MeterStage(tables=self._meter_tables, violations=violations, **ports)
