@@ -3,10 +3,11 @@
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
 import faust
+from aiokafka.errors import KafkaError
 from mode import CrashingSupervisor, Service
 
 from spendfuse.client.clock import Clock, ScaledClock, parse_clock
@@ -36,6 +37,8 @@ SECOND_US: Final = 1_000_000
 COMMIT_INTERVAL_S: Final = 1.0
 POLL_RECORDS_MAX: Final = 1_000
 TICK_S: Final = 0.2
+SIGN_S: Final = 2.0
+"""Longest a heartbeat waits for a broker: one that arrived later would say of the past that it is live."""
 
 
 def create_app(
@@ -45,11 +48,13 @@ def create_app(
     on_ready: Callable[[], None] = lambda: None,
     refuse: Callable[[str], None] = lambda _: None,
     on_frozen: Callable[[float], None] = lambda _: None,
+    on_undelivered: Callable[[str, KafkaError], None] = lambda _topic, _error: None,
 ) -> Any:
     """Return the worker's Faust app: intake, meter, rollup, recorder and heartbeats.
 
     `refuse` is given the sentence when state and topics do not fit; it ends the process. So does `on_frozen`, which is
-    given for how many seconds the process did not run.
+    given for how many seconds the process did not run. `on_undelivered` is given the topic and the error of a record
+    that the broker did not take; the worker then ends.
 
     Raises `SettingsError` for a missing or unreadable signing key or price book.
     """
@@ -59,6 +64,8 @@ def create_app(
     clock = parse_clock(clocks.clock)
     app = _faust_app(broker, settings)
     outbox = KafkaOutbox(broker, awake)
+    outbox.on_failed = on_undelivered
+    signs = KafkaOutbox(broker, awake, SIGN_S)
     feed = PolicyFeed(price_book_of(settings))
     signer = signer_of(settings)
     publisher = Publisher(outbox, signer, settings.partitions)
@@ -69,6 +76,8 @@ def create_app(
         settings=settings,
         outbox=outbox,
         publisher=publisher,
+        signs=signs,
+        sign=Publisher(signs, signer, settings.partitions),
         feed=feed,
         clock=clock,
         emitter=emitter,
@@ -206,6 +215,7 @@ async def _records(stream: Any, services: Services) -> AsyncIterator[SourceRecor
     await services.informed.wait()
     async for event in stream.noack().events():
         message = event.message
+        services.first.setdefault((message.topic, message.partition), message.offset)
         yield SourceRecord(
             message.topic,
             message.partition,
@@ -297,17 +307,25 @@ class _Beside(Service):
                 await self.rollup.reconsider(self.owned(ROLLUPS))
 
 
-def _reading(consumer: Any, topic: Topic) -> Reading:
-    """Return how far an agent's topic is read and acknowledged, by Faust's own notes."""
+def _reading(consumer: Any, topic: Topic, first: Mapping[tuple[str, int], int]) -> Reading:
+    """Return how far an agent's topic is read and acknowledged, by Faust's own notes.
+
+    `first`: the offset of each partition's first record that came here, for partitions of which none is acknowledged.
+    """
     position = end = 0
+    is_known = True
     owned = frozenset(place for place in consumer.assignment() if place.topic == topic.name)
     for place in owned:
         reached = consumer._committed_offset.get(place)  # noqa: SLF001 - no public, synchronous position
         last = consumer.highwater(place)
-        if reached is not None and last is not None:
-            position += reached
-            end += max(reached, last)
-    return Reading(owned, position, end)
+        if last is None:
+            is_known = False
+            continue
+        if reached is None:
+            reached = first.get((place.topic, place.partition), last)
+        position += reached
+        end += max(reached, last)
+    return Reading(owned, position, end, is_known)
 
 
 def _run_beside(
@@ -318,7 +336,11 @@ def _run_beside(
     def owned(topic: Topic) -> set[int]:
         return {partition for name, partition in app.consumer.assignment() if name == topic.name}
 
-    services.metered = lambda: _reading(app.consumer, PACKED)
+    def readings() -> dict[str, Reading]:
+        agents = {"meter": PACKED, "rollup": ROLLUPS}
+        return {stage: _reading(app.consumer, topic, services.first) for stage, topic in agents.items()}
+
+    services.readings = readings
     # Faust makes the service itself, so its parts come as attributes of its class.
     parts = {
         "services": services,

@@ -1,7 +1,9 @@
 """How far behind its usage a worker decides, and when that is too far: it says so once, and again when it is over.
 
 Lag is measured in time and without anybody's timestamps, which emitters choose: the end of the topic is noted with the
-time of this clock, and a stage that has not reached what was the end then is at least so far behind.
+time of this clock, and a stage that has not reached what was the end then is at least so far behind. Of partitions
+just assigned nobody knows for how long their records have waited: until what was their end then is reached, the worker
+is not current, or one that a broker refuses, started again and again, would be new, and live, each time.
 """
 
 import hashlib
@@ -23,11 +25,15 @@ SCOPE: Final = "workspace:spendfuse"
 
 
 class Reading(NamedTuple):
-    """A stage at an instant: the partitions it owns, what it has read of them and where they end, in records."""
+    """A stage at an instant: the partitions it owns, what it has done of them and where they end, in records.
+
+    `is_known` is False while the broker has not yet said where they all end.
+    """
 
     partitions: Hashable
     position: int
     end: int
+    is_known: bool = True
 
     @property
     def records(self) -> int:
@@ -39,11 +45,17 @@ class Reading(NamedTuple):
 class _Notes:
     partitions: Hashable = None
     ends: deque[tuple[int, int]] = field(default_factory=deque)
+    first_end: int | None = None
+    is_current: bool = False
 
     def lag_us(self, reading: Reading, now_us: int) -> int:
         if reading.partitions != self.partitions:
             self.partitions = reading.partitions
             self.ends.clear()
+            self.first_end, self.is_current = None, False
+        if self.first_end is None and reading.is_known:
+            self.first_end = reading.end
+        self.is_current = self.is_current or (self.first_end is not None and reading.position >= self.first_end)
         while self.ends and self.ends[0][1] <= reading.position:
             self.ends.popleft()
         if reading.end > reading.position and len(self.ends) < NOTES_MAX:
@@ -59,6 +71,11 @@ class Staleness:
     stale: bool = False
     lag_us: int = 0
     _notes: dict[str, _Notes] = field(default_factory=dict)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether every stage has done what lay in its partitions when it was given them."""
+        return bool(self._notes) and all(notes.is_current for notes in self._notes.values())
 
     def observe(self, stages: Mapping[str, Reading], now_us: int) -> bool | None:
         """Return True when it has become stale, False when that is over, None when nothing changed."""

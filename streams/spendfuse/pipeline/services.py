@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import structlog
-from aiokafka import ConsumerRebalanceListener
+from aiokafka import ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
@@ -32,7 +32,7 @@ from spendfuse.pipeline.records import SourceRecord
 from spendfuse.pipeline.register import Register
 from spendfuse.settings import BrokerSettings, WorkerSettings
 from spendfuse.wire.base import from_us
-from spendfuse.wire.control import Heartbeat
+from spendfuse.wire.control import Alert, Heartbeat
 from spendfuse.wire.topics import BUDGETS, COMMANDS, PRICES, USAGE
 
 INTAKE_RECORDS_MAX: Final = 2_000
@@ -92,6 +92,7 @@ class GroupReader:
         self._ending = False
         self._left = asyncio.Event()
         self._left.set()
+        self._in_hand: dict[TopicPartition, int] = {}
 
     async def run(self, handle: Callable[[list[list[ConsumerRecord]]], Any]) -> None:
         """Read, handle (what was read, by partition), commit, until `leave`."""
@@ -104,7 +105,9 @@ class GroupReader:
             while not self._ending:
                 batches = await self._poll(consumer)
                 if batches:
+                    self._in_hand = {place: records[0].offset for place, records in batches.items()}
                     await handle(list(batches.values()))
+                    self._in_hand = {}
                 await self._commit(consumer)
         finally:
             self._consumer = None
@@ -151,20 +154,24 @@ class GroupReader:
             await consumer.commit()
 
     def reading(self) -> Reading:
-        """Return what of the partitions owned has been read, and where they end; handled is what was read."""
+        """Return what of the partitions owned has been handled, and where they end."""
         position = total = 0
+        is_known = True
         consumer = self._consumer
         if consumer is None:
-            return Reading(None, 0, 0)
+            return Reading(None, 0, 0, is_known=False)
         owned = frozenset(consumer.assignment())
         for partition in owned:
             end = consumer.highwater(partition)
             assignment = consumer._subscription.subscription.assignment  # noqa: SLF001 - no public, synchronous position
             state = assignment.state_value(partition) if assignment else None
-            if end is not None and state is not None and state.has_valid_position:
-                position += state.position
-                total += max(end, state.position)
-        return Reading(owned, position, total)
+            if end is None or state is None or not state.has_valid_position:
+                is_known = False
+                continue
+            # What is in hand is read and not done: its sends may be refused.
+            position += min(state.position, self._in_hand.get(partition, state.position))
+            total += max(end, state.position)
+        return Reading(owned, position, total, is_known)
 
 
 def source_record(record: ConsumerRecord) -> SourceRecord:
@@ -190,12 +197,14 @@ class Services:
         settings: WorkerSettings,
         outbox: KafkaOutbox,
         publisher: Publisher,
+        signs: KafkaOutbox,
+        sign: Publisher,
         feed: PolicyFeed,
         clock: Clock,
         emitter: str,
         register: Register,
     ) -> None:
-        """Take the ports and settings."""
+        """Take the ports and settings; `sign` publishes heartbeats over `signs`, which nothing else waits in."""
         self.informed = asyncio.Event()
         self.ready = asyncio.Event()
         self.counters = IntakeCounters()
@@ -207,6 +216,10 @@ class Services:
         self._settings = settings
         self._outbox = outbox
         self._publisher = publisher
+        self._signs = signs
+        self._sign = sign
+        self.first: dict[tuple[str, int], int] = {}
+        self._untold: Alert | None = None
         self._feed = feed
         self._clock = clock
         self._emitter = emitter
@@ -216,13 +229,14 @@ class Services:
         self._recorder = GroupReader(
             broker, [topic.name for topic in RECORDED], f"{settings.app_id}-recorder", RECORDER_RECORDS_MAX
         )
-        self.metered: Callable[[], Reading] = lambda: Reading(None, 0, 0)
+        self.readings: Callable[[], dict[str, Reading]] = dict
         self._staleness = Staleness(settings.stale_lag_s * SECOND_US)
         self._limits = Limits(settings.usage_age_max_s * 1_000_000, settings.usage_ahead_max_s * 1_000_000)
 
     async def start(self) -> None:
         """Connect, and read budgets and prices to their end: only then may anything be decided."""
         await self._outbox.start()
+        await self._signs.start()
         self._feed.on_change = self.budgets_changed.set
         self._followers = [
             Follower(self._broker, BUDGETS.name, self._on_budget, client_id="spendfuse-budgets"),
@@ -250,6 +264,7 @@ class Services:
         await asyncio.gather(self._intake.leave(), self._recorder.leave())
         for follower in self._followers:
             await follower.stop()
+        await self._signs.stop()
         await self._outbox.stop()
 
     async def intake(self) -> None:
@@ -293,12 +308,12 @@ class Services:
         """Give a sign of life for ever."""
         beat_us = 0
         while True:
-            await self._observe_lag()
+            self._observe_lag()
             beat_us = max(beat_us + 1, self._clock())  # a guard takes an earlier one for a repetition
             beat = Heartbeat(
                 emitter=self._emitter,
                 ts=from_us(beat_us),
-                ready=self.ready.is_set() and self.is_live(),
+                ready=self.ready.is_set() and self.is_live() and self._staleness.is_current,
                 version=__version__,
                 price_book=self._feed.book.version,
                 budgets=len(self._feed.policies.budgets),
@@ -306,22 +321,24 @@ class Services:
                 stale=self._staleness.stale,
             )
             with contextlib.suppress(KafkaError):  # the agents' own sends decide whether a broker's absence is fatal
-                await (await self._publisher.heartbeat(beat))
+                await (await self._sign.heartbeat(beat))
+            if self._untold is not None:
+                with contextlib.suppress(KafkaError):  # it is told with the next heartbeat
+                    await (await self._sign.alert(self._untold))
+                    self._untold = None
             await asyncio.sleep(self._settings.heartbeat_s)
 
-    async def _observe_lag(self) -> None:
-        """Measure how far intake and meter are behind; say when that becomes too far, and when it is over."""
-        stages = {"intake": self._intake.reading(), "meter": self.metered()}
+    def _observe_lag(self) -> None:
+        """Measure how far the stages are behind; say when that becomes too far, and when it is over."""
+        stages = {"intake": self._intake.reading(), **self.readings()}
         self.counters.lag = stages["intake"].records
         # Time passes here as on the wall, whatever clock usage is judged by.
         turned = self._staleness.observe(stages, time.monotonic_ns() // NS_PER_US)
         if turned is None:
             return
         records = sum(reading.records for reading in stages.values())
-        alert = lag_alert(self._emitter, self._staleness.lag_us, records, self._clock(), over=not turned)
+        self._untold = lag_alert(self._emitter, self._staleness.lag_us, records, self._clock(), over=not turned)
         log.warning("stale" if turned else "live again", lag_s=self._staleness.lag_us // SECOND_US, records=records)
-        with contextlib.suppress(KafkaError):  # as with heartbeats
-            await (await self._publisher.alert(alert))
 
     def _on_budget(self, record: Record) -> None:
         refused = self._feed.budget_record(record.key, record.value)
@@ -336,8 +353,11 @@ class Services:
     def _set_ready_file(self, *, present: bool) -> None:
         if self._settings.ready_file:
             path = Path(self._settings.ready_file)
-            if present:
+            if not present:
+                path.unlink(missing_ok=True)
+                return
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
-            else:
-                path.unlink(missing_ok=True)
+            except OSError as error:  # whoever waits for the file takes us for unready, and heartbeats say better
+                log.error("ready file not written", path=str(path), reason=str(error))  # noqa: TRY400 - one sentence

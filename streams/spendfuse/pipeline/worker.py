@@ -14,14 +14,17 @@ import faust
 import structlog
 from aiokafka.errors import KafkaError
 
+from spendfuse.client.clock import parse_clock
 from spendfuse.pipeline.app import create_app
 from spendfuse.pipeline.refusal import EXIT_REFUSED, StateMismatchError, check_changelogs
 from spendfuse.pipeline.topics import TopicMismatchError, ensure_topics
+from spendfuse.pipeline.undelivered import Undelivered
 from spendfuse.settings import BrokerSettings, ClockSettings, SettingsError, WorkerSettings
 
 EXIT_USAGE: Final = 64
 EXIT_UNAVAILABLE: Final = 69
 EXIT_NOT_READY: Final = 70
+EXIT_DATA_DIR: Final = 73
 GC_THRESHOLDS: Final = (100_000, 20, 50)
 
 log: Any = structlog.get_logger("spendfuse.worker")
@@ -63,11 +66,18 @@ def run(broker: BrokerSettings, settings: WorkerSettings, clocks: ClockSettings)
     watchdog = _watch_readiness(settings.ready_timeout_s)
     try:
         Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        advice = "make room there, or set SPENDFUSE_DATA_DIR"
+        log.error("no data directory", path=settings.data_dir, reason=str(error), advice=advice)  # noqa: TRY400 - a sentence
+        return EXIT_DATA_DIR
+    undelivered = Undelivered()
+    try:
         asyncio.run(ensure_topics(broker, partitions=settings.partitions, replication=settings.replication))
         asyncio.run(check_changelogs(broker, settings.app_id, settings.partitions))
         app = create_app(
-            broker, settings, clocks, on_ready=_on_ready(watchdog), refuse=_refuse(settings), on_frozen=_frozen
-        )
+            broker, settings, clocks, on_ready=_on_ready(watchdog), refuse=_refuse(settings), on_frozen=_frozen,
+            on_undelivered=undelivered.note,
+        )  # fmt: skip
     except StateMismatchError as error:
         log.critical("refused to run", reason=str(error))
         return EXIT_REFUSED
@@ -78,10 +88,18 @@ def run(broker: BrokerSettings, settings: WorkerSettings, clocks: ClockSettings)
         log.error("broker away", servers=broker.bootstrap_servers, reason=str(error))  # noqa: TRY400 - the same
         return EXIT_UNAVAILABLE
     _spare_the_collector()
-    worker = _Worker(app, loglevel="WARN", redirect_stdouts=False, quiet=True)
+    return _execute(_Worker(app, loglevel="WARN", redirect_stdouts=False, quiet=True), undelivered, broker, clocks)
+
+
+def _execute(worker: Any, undelivered: Undelivered, broker: BrokerSettings, clocks: ClockSettings) -> int:
+    """Run a worker until it ends; say why it did."""
     try:
         worker.execute_from_commandline()
     except SystemExit as stopped:
+        if stopped.code and undelivered.sentence:
+            asyncio.run(undelivered.tell(broker, parse_clock(clocks.clock)()))
+            log.critical("worker ended", reason=undelivered.sentence)
+            return EXIT_UNAVAILABLE
         if stopped.code:  # mode turns what went wrong into an exit code, and says nothing
             log.critical("worker ended", exit_code=stopped.code, exc_info=stopped.__context__)
         return int(stopped.code or 0)
