@@ -37,11 +37,11 @@ DEADLINE_S = 90.0
 
 
 @contextmanager
-def small_disk(directory: Path, mb: int) -> Iterator[Path]:
+def small_disk(directory: Path, mb: int, inodes: int = 100_000) -> Iterator[Path]:
     """Mount a file system of a few MB over a directory; raises OSError, with its reason, where that is not allowed."""
     directory.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={mb}m", "tmpfs", str(directory)],
+        ["mount", "-t", "tmpfs", "-o", f"size={mb}m,nr_inodes={inodes}", "tmpfs", str(directory)],
         capture_output=True, text=True, check=False, timeout=TOOL_DEADLINE_S,
     )  # fmt: skip
     if mounted.returncode:
@@ -122,14 +122,14 @@ class Pressed:
         asyncio.run(ensure_topics(self.broker, partitions=scenario.PARTITIONS, replication=replication))
         book = directory / "book.json"
         book.write_bytes(encode(BOOK))
-        env = {
+        self.env = {
             "SPENDFUSE_PRICE_BOOK_FILE": str(book),
             "SPENDFUSE_SIGNING_KEY": scenario.PRIVATE,
             "SPENDFUSE_REPLICATION": str(replication),
             "SPENDFUSE_PARTITIONS": str(scenario.PARTITIONS),
             "SPENDFUSE_STALE_LAG_S": str(STALE_LAG_S),
         }
-        self.worker = WorkerProcess(directory, "worker", self.broker, env)
+        self.worker = WorkerProcess(directory, "worker", self.broker, self.env)
         self.sent = 0
 
     def run(self) -> None:

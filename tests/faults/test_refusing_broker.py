@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from faults.refusing import Pressed, RefusingKafka, beats, lag_alerts, live
+from faults.refusing import Pressed, RefusingKafka, beats, fill, lag_alerts, live, small_disk
 from kraft import kraft_missing
 from pipeline import scenario
-from spendfuse.client import Guard, GuardState
-from spendfuse.settings import GuardSettings
+from spendfuse.client import Guard, GuardState, Meter
+from spendfuse.settings import GuardSettings, MeterSettings
 from spendfuse.wire.base import to_us
-from spendfuse.wire.topics import HEARTBEATS, LEDGER, PACKED
+from spendfuse.wire.topics import HEARTBEATS, LEDGER, PACKED, USAGE
+from workers import WorkerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.kafka
 
@@ -24,6 +26,7 @@ CALLS = 60
 THROTTLED_CALLS = 600
 QUOTA_BYTES = 20_000
 """A second's, of what a worker writes: some 1,200 bytes for each call."""
+SMALL_BYTES = 2_000
 END_S = 60.0
 OLD_S = 5.0
 
@@ -147,3 +150,50 @@ async def test_a_throttled_worker_is_behind_and_says_so_until_it_has_caught_up(p
         await watch.until(lambda: len(lag_alerts(watch)) > told, "the alert")
         await asyncio.to_thread(pressed.kafka.refuse, "quota", "spendfuse-worker", "0")
         await pressed.exact(watch)
+
+
+async def test_a_worker_whose_own_disk_is_full_goes_on(pressed: Pressed, tmp_path: Path) -> None:
+    await asyncio.to_thread(pressed.worker.stop)
+    try:
+        with small_disk(tmp_path / "disk", 1) as disk:
+            other = WorkerProcess(disk, "other", pressed.broker, pressed.env)
+            async with scenario.watching(pressed.deployed) as watch:
+                with other:
+                    filler = fill(disk)
+                    await pressed.emit(watch, CALLS)
+                    await pressed.exact(watch)
+                filler.unlink()
+                with other:
+                    await pressed.emit(watch, CALLS)
+                    await pressed.exact(watch)
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+async def test_an_emitter_keeps_what_a_broker_refuses_and_sends_smaller_what_is_too_large(pressed: Pressed) -> None:
+    await asyncio.to_thread(pressed.run)
+    who = scenario.identity("chaos", "emitter")
+    async with scenario.watching(pressed.deployed) as watch:
+        await pressed.emit(watch, CALLS)
+        await pressed.exact(watch)
+        meter = Meter(who, pressed.broker, MeterSettings.from_env({}))
+        try:
+            await asyncio.to_thread(pressed.kafka.refuse, "config", USAGE.name, "min.insync.replicas=2")
+            for _ in range(CALLS):
+                meter.record(provider="anthropic", model="claude", input=5, output=1)
+            await watch.until(lambda: meter.stats.send_errors > 0, "a refusal")
+            assert (meter.stats.sent, meter.stats.dropped, meter.stats.buffered) == (0, 0, CALLS)
+            await asyncio.to_thread(pressed.kafka.refuse, "config", USAGE.name, f"max.message.bytes={SMALL_BYTES}")
+            await asyncio.to_thread(pressed.kafka.refuse, "config", USAGE.name, "min.insync.replicas=")
+            assert await asyncio.to_thread(meter.flush, END_S)
+            assert (meter.stats.sent, meter.stats.dropped) == (CALLS, 0)
+        finally:
+            await asyncio.to_thread(meter.close)
+            await asyncio.to_thread(pressed.kafka.refuse, "config", USAGE.name, "max.message.bytes=1048576")
+        pressed.sent += CALLS
+        await pressed.exact(watch)
+        sizes = [
+            len(record.value or b"") for record in watch.records[USAGE.name] if record.key == b"chaos/team-0/emitter"
+        ]
+        assert len(sizes) > 1
+        assert max(sizes) < SMALL_BYTES

@@ -255,6 +255,18 @@ def test_a_place_that_cannot_be_written_costs_the_memory_and_nothing_else(
     assert one.wait_halted(0) is not None
 
 
+def test_what_could_not_be_kept_is_kept_with_the_next_heartbeat_when_there_is_room(
+    guard: Callable[..., Guard], tmp_path: Path
+) -> None:
+    place, kept = tmp_path / "full", {"guard_dir": str(tmp_path / "full"), "fail_mode": "open"}
+    place.write_text("not a directory")
+    one = live(guard(**kept))
+    one._on_command(order("halt", 5))
+    place.unlink()
+    beat(one)
+    assert guard(**kept).wait_halted(0) is not None, "a guard started anew knows of it"
+
+
 def test_a_clock_that_jumps_forward_ends_no_halt_and_one_set_back_prolongs_it() -> None:
     clock = [10 * HOUR_US]
     trusted = TrustedTime(lambda: clock[0])

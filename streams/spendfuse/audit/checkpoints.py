@@ -206,12 +206,18 @@ def read_notes(path: Path, keys: Mapping[str, bytes]) -> list[Checkpoint]:
 
 
 def append_note(path: Path, note: str) -> None:
-    """Append a note to a file and return when it is on the disk."""
+    """Append a note to a file, whole or not at all, and return when it is on the disk. Raises OSError with the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), "a", encoding="utf-8") as file:
-        file.write(note + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        data = memoryview(f"{note}\n".encode())
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(before)  # half a note would spoil the one that follows it
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def make_checkpoint(origin: str, at: datetime, heads: Iterable[Head]) -> Checkpoint:

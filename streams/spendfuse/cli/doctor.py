@@ -267,6 +267,9 @@ def _worker_states(beats: "dict[str, tuple[Heartbeat, int]]", now_ms: int) -> li
     checks = [Check("workers", "ok", names)]
     if waiting := [beat.emitter for beat in alive if not beat.ready]:
         checks = [Check("workers", "failed", f"not ready: {', '.join(waiting)}", "its log says what it waits for")]
+    if behind := [beat.emitter for beat in alive if beat.stale]:
+        advice = "guards take it for silent. Its log and its alert say why: a broker that refuses, or too few workers"
+        checks.append(Check("stale", "failed", f"decides on old usage: {', '.join(behind)}", advice))
     if (lag := sum(beat.lag for beat in alive)) > LAG_MAX:
         checks.append(Check("lag", "warning", f"{lag:,} usage messages unread", "start more workers"))
     if len(books := {beat.price_book for beat in alive}) > 1:

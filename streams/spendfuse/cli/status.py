@@ -139,7 +139,13 @@ def as_data(rows: "Sequence[WalletRow]", header: "WalletHeader") -> dict[str, An
     return {
         "now": instant(header.now_us),
         "workers": [
-            {"emitter": sign.beat.emitter, "ready": sign.beat.ready, "age_ms": sign.age_ms, "lag": sign.beat.lag}
+            {
+                "emitter": sign.beat.emitter,
+                "ready": sign.beat.ready,
+                "stale": sign.beat.stale,
+                "age_ms": sign.age_ms,
+                "lag": sign.beat.lag,
+            }
             for sign in header.workers
         ],
         "lag": header.lag,

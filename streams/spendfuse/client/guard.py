@@ -578,6 +578,7 @@ class Guard:
             if refusal.reason != "tombstone":
                 self._refuse("heartbeat")
             return
+        self._memory.keep_again()
         if not self._signs.is_news(heartbeat):
             return
         if not heartbeat.ready or heartbeat.stale:

@@ -44,13 +44,17 @@ def write_private(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 
 class Memory:
-    """The file of one guard. What cannot be read or written is said once, and the guard goes on without."""
+    """The file of one guard. What cannot be read or written is said, once, and the guard goes on without.
+
+    What a full disk did not take is written when there is room again: call `keep_again` now and then.
+    """
 
     def __init__(self, directory: str, servers: str, kept_for: Sequence[str]) -> None:
         """`directory` is where the files lie (`off` keeps nothing), `kept_for` what names this guard's among them."""
         name = hashlib.sha256("\n".join([servers, *kept_for]).encode()).hexdigest()[:24]
         self.path = None if directory == OFF else Path(directory).expanduser() / f"{name}.json"
         self._kept: list[Record] = []
+        self._unkept: list[Record] | None = None
 
     def read(self) -> list[Record]:
         """Return the records kept, none when there are none or they cannot be read."""
@@ -72,9 +76,9 @@ class Memory:
     def keep(self, records: Iterable[Record]) -> None:
         """Replace what is kept; nothing is written when nothing changed."""
         wanted = sorted(records, key=lambda record: record.key or b"")[:RECORDS_MAX]
-        if self.path is None or wanted == self._kept:
+        if self.path is None or (wanted == self._kept and self._unkept is None):
             return
-        self._kept = wanted
+        was_unkept = self._unkept is not None
         try:
             if wanted:
                 text = json.dumps({"v": 1, "records": [_item(record) for record in wanted]})
@@ -82,8 +86,18 @@ class Memory:
             else:
                 self.path.unlink(missing_ok=True)
         except OSError as error:
-            _log.warning("spendfuse guard cannot keep its halts over a restart: %s", error)
-            self.path = None
+            self._unkept = wanted
+            if not was_unkept:
+                _log.warning("spendfuse guard cannot keep its halts over a restart: %s; it tries again", error)
+            return
+        self._kept, self._unkept = wanted, None
+        if was_unkept:
+            _log.warning("spendfuse guard keeps its halts over a restart again, in %s", self.path)
+
+    def keep_again(self) -> None:
+        """Write what could not be written before; costs nothing when nothing is left."""
+        if self._unkept is not None:
+            self.keep(self._unkept)
 
 
 def _item(record: Record) -> dict[str, str]:

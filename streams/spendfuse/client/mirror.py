@@ -29,6 +29,8 @@ from spendfuse.wire.control import Command, Heartbeat
 from spendfuse.wire.topics import COMMANDS, HEARTBEATS
 
 WRITE_INTERVAL_S: Final = 1.0
+SAY_INTERVAL_S: Final = 30.0
+"""A disk that stays full is said so often, not at every attempt."""
 VERSION: Final = 1
 _log = logging.getLogger("spendfuse")
 
@@ -58,10 +60,15 @@ class Mirror:
         self._obedience = Obedience(None)
         self._started_at = self._last_sign = monotonic()
         self._heartbeats_read = False
+        self._unwritten_said_at = float("-inf")
         self._changed = asyncio.Event()
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Keep the file until cancelled; `on_ready` is called when it first says all that is known. Raises OSError."""
+        """Keep the file until cancelled; `on_ready` is called when it first says all that is known.
+
+        Raises OSError when it cannot be written at all. What a full disk does not take later is tried again: meanwhile
+        the file is old, and says itself from when it must not be relied on.
+        """
         followers = [
             Follower(self._broker, COMMANDS.name, self._on_command, client_id="spendfuse-mirror"),
             Follower(
@@ -81,7 +88,7 @@ class Mirror:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), WRITE_INTERVAL_S)
                 self._changed.clear()
-                self._write()
+                self._write_or_say()
 
     def content(self) -> dict[str, Any]:
         """Return what the file says now."""
@@ -130,6 +137,18 @@ class Mirror:
     def _write(self) -> None:
         write_private(self.path, json.dumps(self.content(), separators=(",", ":")).encode(), durable=False)
         self.written += 1
+
+    def _write_or_say(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            if monotonic() - self._unwritten_said_at >= SAY_INTERVAL_S:
+                self._unwritten_said_at = monotonic()
+                _log.warning("spendfuse mirror cannot write %s: %s; readers stop trusting it", self.path, error)
+            return
+        if self._unwritten_said_at > float("-inf"):
+            self._unwritten_said_at = float("-inf")
+            _log.warning("spendfuse mirror writes %s again", self.path)
 
     def _on_command(self, record: Record) -> None:
         try:

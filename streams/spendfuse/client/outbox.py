@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from spendfuse.client.background import BACKGROUND
 from spendfuse.client.connection import producer_options
@@ -55,7 +55,8 @@ class Outbox(Generic[T]):
 
     Items are packed by `pack` after lingering; messages of one key are sent one after the other, so their order
     holds. When the buffer is full the oldest waiting item is dropped, and counted. A failed send is tried again
-    until it succeeds: Kafka may then hold a message twice, and readers drop the second by its ids.
+    until it succeeds: Kafka may then hold a message twice, and readers drop the second by its ids. A message that the
+    topic does not take for its size goes as two; an item too large by itself is dropped, counted and said.
     The topic must exist: it is waited for, never created by accident with a broker's default partitions.
     """
 
@@ -265,12 +266,32 @@ class Outbox(Generic[T]):
     async def _send_in_order(self, queue: deque[Message[T]]) -> None:
         while queue:
             message = queue[0]
-            await self._producer.send_and_wait(self._topic, message.value, message.key, headers=message.headers)
+            try:
+                await self._producer.send_and_wait(self._topic, message.value, message.key, headers=message.headers)
+            except MessageSizeTooLargeError:
+                queue.popleft()
+                queue.extendleft(reversed(self._halves(message)))
+                continue
             queue.popleft()
             with self._changed:
                 self._sent += len(message.items)
                 self._in_flight -= len(message.items)
                 self._changed.notify_all()
+
+    def _halves(self, message: Message[T]) -> list[Message[T]]:
+        """Return a message that the broker will never take as two; one of a single item is dropped, and said."""
+        if len(message.items) > 1:
+            half = len(message.items) // 2
+            return [*self._pack(list(message.items[:half])), *self._pack(list(message.items[half:]))]
+        with self._changed:
+            self._dropped += 1
+            self._in_flight -= 1
+            self._changed.notify_all()
+        _log.error(
+            "spendfuse dropped a message of %d bytes: larger than %s takes (max.message.bytes)",
+            *(len(message.value), self._topic),
+        )
+        return []
 
     def _put_back(self, unsent: list[T]) -> None:
         with self._changed:

@@ -24,7 +24,7 @@ STYLES: Final[dict[FuseLook, str]] = {
 }
 BAR_CELLS: Final = 10
 STALE_MS: Final = 15_000
-"""A worker silent for so long is shown as stale, as guards take it."""
+"""A worker silent for so long is shown as stale, as guards take it, and so is one that says it of itself."""
 HALTS_SHOWN_MAX: Final = 5
 SCOPE_CELLS_MIN: Final = 24
 PADDING: Final = 2
@@ -123,7 +123,7 @@ def _workers(header: WalletHeader) -> Text:
         return Text("no worker has given a sign of life: nothing is metered, nobody is stopped", style="bold red")
     line = Text()
     for nth, sign in enumerate(header.workers):
-        stale = sign.age_ms > STALE_MS
+        stale = sign.age_ms > STALE_MS or sign.beat.stale
         state = "stale" if stale else "ready" if sign.beat.ready else "not ready"
         name = sign.beat.emitter.partition("/")[2] or sign.beat.emitter
         line.append(", " if nth else "workers: ")
