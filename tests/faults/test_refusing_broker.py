@@ -197,3 +197,23 @@ async def test_an_emitter_keeps_what_a_broker_refuses_and_sends_smaller_what_is_
         ]
         assert len(sizes) > 1
         assert max(sizes) < SMALL_BYTES
+
+
+async def test_a_worker_started_while_a_broker_refuses_is_not_live_for_a_moment(pressed: Pressed) -> None:
+    await asyncio.to_thread(pressed.run)
+    async with scenario.watching(pressed.deployed) as watch:
+        await pressed.emit(watch, CALLS)
+        await pressed.exact(watch)
+        await asyncio.to_thread(pressed.kafka.refuse, "config", PACKED.name, "min.insync.replicas=2")
+        await pressed.emit(watch, CALLS)
+        await watch.until(lambda: beats(watch)[-1].stale, "a heartbeat that says stale")
+        await asyncio.to_thread(pressed.worker.kill)
+        await asyncio.to_thread(pressed.run)
+        of_new = f"/{pressed.worker.pid}"
+        await watch.until(
+            lambda: any(beat.stale for beat in beats(watch) if beat.emitter.endswith(of_new)),
+            "its own lag beyond bound",
+        )
+        assert not any(live(beat) for beat in beats(watch) if beat.emitter.endswith(of_new)), "live at its start"
+        await asyncio.to_thread(pressed.kafka.refuse, "config", PACKED.name, "min.insync.replicas=")
+        await pressed.exact(watch)

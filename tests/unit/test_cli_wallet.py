@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from spendfuse.cli.doctor import _worker_states
+from spendfuse.cli.status import as_data
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import Signer, Verifier, generate
 from spendfuse.engine.spend import Hold, Spend
@@ -147,6 +149,21 @@ def test_the_header_says_who_works_and_how_long_ago_they_said_so() -> None:
     header = live.header(NOW_US, 1_002_500)
     assert [(sign.beat.emitter, sign.age_ms) for sign in header.workers] == [("spendfuse/h/1", 2_500)]
     assert (header.lag, header.price_book) == (5, "book")
+
+
+def test_a_worker_that_says_it_is_behind_is_shown_and_checked_as_stale() -> None:
+    beat = Heartbeat(emitter="spendfuse/h/1", ts=NOW, ready=True, version="0.1", lag=5, stale=True)
+    live = wallet(Record("spendfuse.heartbeats.v1", 0, 0, 1_000_000, b"a", encode(beat)))
+    header = live.header(NOW_US, 1_000_100)
+    file = io.StringIO()
+    Console(file=file, width=100).print(render([], header))
+    assert "h/1 stale 0.1 s ago" in file.getvalue()
+    assert [worker["stale"] for worker in as_data([], header)["workers"]] == [True]
+    checks = {check.name: check for check in _worker_states({beat.emitter: (beat, 1_000_000)}, 1_000_100)}
+    assert checks["stale"].state == "failed"
+    assert checks["stale"].found == "decides on old usage: spendfuse/h/1"
+    fresh = _worker_states({beat.emitter: (beat.model_copy(update={"stale": False}), 1_000_000)}, 1_000_100)
+    assert [check.name for check in fresh] == ["workers"]
 
 
 TOPICS = LiveWallet().topics

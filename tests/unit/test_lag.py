@@ -77,3 +77,23 @@ def test_the_alert_says_who_how_far_and_what_to_do() -> None:
     over = lag_alert("spendfuse/host/1", 0, 0, 1_767_603_600_000_000, over=True)
     assert over.severity == "info"
     assert over.id != alert.id
+
+
+def test_it_is_not_current_before_what_lay_there_at_first_is_done() -> None:
+    staleness = Staleness(30 * SECOND_US)
+    assert not staleness.is_current, "nothing is known"
+    for now, (position, end) in enumerate([(0, 9), (5, 20), (8, 30)]):
+        staleness.observe({"intake": Reading("p", position, end), "meter": Reading("p", 0, 0)}, now)
+        assert not staleness.is_current
+    staleness.observe({"intake": Reading("p", 9, 40), "meter": Reading("p", 0, 0)}, 3)
+    assert staleness.is_current, "what has come since is lag, which has its bound"
+    staleness.observe({"intake": Reading("q", 9, 40), "meter": Reading("p", 0, 0)}, 4)
+    assert not staleness.is_current, "other partitions, of which nobody knows how long they have waited"
+
+
+def test_it_is_not_current_while_the_broker_has_not_said_where_the_partitions_end() -> None:
+    staleness = Staleness(30 * SECOND_US)
+    staleness.observe({"intake": Reading("p", 0, 0, is_known=False)}, 0)
+    assert not staleness.is_current
+    staleness.observe({"intake": Reading("p", 0, 0)}, 1)
+    assert staleness.is_current
