@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, Final
 
 import faust
@@ -13,6 +14,7 @@ from spendfuse.client.clock import Clock, ScaledClock, parse_clock
 from spendfuse.engine.idle import bound_us
 from spendfuse.pipeline import faust_cures
 from spendfuse.pipeline.awake import Awake
+from spendfuse.pipeline.changelogs import read_to_end
 from spendfuse.pipeline.feed import PolicyFeed, price_book_of
 from spendfuse.pipeline.genuine import signer_of, verifier_of
 from spendfuse.pipeline.lag import Reading
@@ -55,7 +57,7 @@ def create_app(
     """
     # A session may have begun to run out one heartbeat before the freeze.
     awake = Awake((broker.session_timeout_ms - broker.heartbeat_interval_ms) * SECONDS_PER_MS, on_frozen)
-    faust_cures.install(broker.fetch_max_wait_ms, awake.listen)
+    faust_cures.install(broker.fetch_max_wait_ms, awake.listen, partial(read_to_end, broker))
     clock = parse_clock(clocks.clock)
     app = _faust_app(broker, settings)
     outbox = KafkaOutbox(broker, awake)
