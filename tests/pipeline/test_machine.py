@@ -165,6 +165,20 @@ class Deployment(RuleBasedStateMachine):
         self._at(self.oracle.now_us + away_s * SECOND_US, settle=False)
         self._settle()
 
+    @rule(name=NAMES, amount=AMOUNTS, agent=st.sampled_from(AGENTS), tokens=TOKENS, records=st.integers(0, 25))
+    def change_budget_while_no_worker_runs(self, name: str, amount: int, agent: str, tokens: int, records: int) -> None:
+        """A usage may trip a cap, and the worker dies before its state is durable; then the cap is another."""
+        self._settle()
+        usage = self._usage(agent, "r0", "finished", tokens, 0, "claude")
+        body = _body(usage)
+        self.oracle.take(body, usage["ts_us"], None)
+        self.pipeline.crash(after_records=records, meanwhile=lambda: self._apply(name, amount, shadow=False))
+        self.pipeline.emit(json.dumps(body).encode(), partition=0)
+        self.pipeline.flush()
+        self.pipeline.flush()
+        self._settle()
+        self._compare()
+
     @rule(name=NAMES.filter(lambda name: name != "rolling"))
     def withdraw(self, name: str) -> None:
         self._settle()

@@ -175,7 +175,7 @@ def _agents(
         violations=violations,
         ends=ends,
         idle_us=idle_us,
-        latest=register.latest_command,
+        said=register.of_scope,
     )
     rollup = RollupStage(
         table=table("shared"),
@@ -185,7 +185,7 @@ def _agents(
         generation=generation,
         ends=ends,
         idle_us=idle_us,
-        latest=register.latest_command,
+        said=register.of_scope,
     )
 
     async def meter_agent(stream: Any) -> None:
