@@ -123,7 +123,10 @@ class MeterStage:
 
     async def on_record(self, record: SourceRecord) -> None:
         """Fold one packed message into the state; flush when too much is not yet durable."""
+        generation = self._generation()
         async with self._changing:
+            if generation != self._generation():
+                return  # it waited while its partition was given away: what is stored here may be old by now
             self._drop_if_reassigned()
             self._deliveries += await self._take_in(record)
             self._unacked.append(record)

@@ -87,7 +87,10 @@ class RollupStage:
 
     async def on_record(self, record: SourceRecord) -> None:
         """Take in one partition's share of one scope."""
+        generation = self._generation()
         async with self._changing:
+            if generation != self._generation():
+                return  # it waited while its partition was given away: what is stored here may be old by now
             self._drop_if_reassigned()
             self._ours.add(record.partition)
             self._deliveries += await self._take_in(record)
