@@ -99,13 +99,13 @@ class BrokerSettings(Settings):
         65_536, description="bytes of one produced batch; 1 on the embedded broker"
     )
     session_timeout_ms: Annotated[int, Field(ge=1_000, le=300_000)] = Field(
-        10_000, description="silence after which a consumer's partitions move"
+        6_000, description="silence after which a consumer's partitions move; Kafka takes no less than 6000 by default"
     )
     rebalance_timeout_ms: Annotated[int, Field(ge=1_000, le=300_000)] = Field(
         10_000, description="longest a rebalance waits for its members"
     )
     heartbeat_interval_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
-        1_000, description="interval of a consumer's heartbeats: how soon the others hear of one that joins or leaves"
+        500, description="interval of a consumer's heartbeats: how soon the others hear of one that joins or leaves"
     )
 
 

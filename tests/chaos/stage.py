@@ -96,7 +96,6 @@ class Stage:
             bootstrap_servers=servers,
             session_timeout_ms=SESSION_MS,
             rebalance_timeout_ms=SESSION_MS,
-            heartbeat_interval_ms=1_000,
         )
 
     @property

@@ -154,15 +154,30 @@ class Deployment(RuleBasedStateMachine):
 
     # -- what people and clocks do -------------------------------------------------------------------------------------
 
-    @rule(
-        name=NAMES, amount=AMOUNTS, shadow=st.sampled_from([False, False, True]), records=st.none() | st.integers(0, 12)
-    )
-    def change_budget(self, name: str, amount: int, shadow: bool, records: int | None) -> None:
+    @rule(name=NAMES, amount=AMOUNTS, shadow=st.sampled_from([False, False, True]),
+          records=st.none() | st.integers(0, 12), away_s=st.sampled_from([0, 1, 900]))  # fmt: skip
+    def change_budget(self, name: str, amount: int, shadow: bool, records: int | None, away_s: int) -> None:
+        """A crash before the flush, and a start some time later: the same is not said anew."""
         self._settle()
         if records is not None:
             self.pipeline.crash(after_records=records)
         self._apply(name, amount, shadow=shadow)
+        self._at(self.oracle.now_us + away_s * SECOND_US, settle=False)
         self._settle()
+
+    @rule(name=NAMES, amount=AMOUNTS, agent=st.sampled_from(AGENTS), tokens=TOKENS, records=st.integers(0, 25))
+    def change_budget_while_no_worker_runs(self, name: str, amount: int, agent: str, tokens: int, records: int) -> None:
+        """A usage may trip a cap, and the worker dies before its state is durable; then the cap is another."""
+        self._settle()
+        usage = self._usage(agent, "r0", "finished", tokens, 0, "claude")
+        body = _body(usage)
+        self.oracle.take(body, usage["ts_us"], None)
+        self.pipeline.crash(after_records=records, meanwhile=lambda: self._apply(name, amount, shadow=False))
+        self.pipeline.emit(json.dumps(body).encode(), partition=0)
+        self.pipeline.flush()
+        self.pipeline.flush()
+        self._settle()
+        self._compare()
 
     @rule(name=NAMES.filter(lambda name: name != "rolling"))
     def withdraw(self, name: str) -> None:
@@ -239,17 +254,21 @@ class Deployment(RuleBasedStateMachine):
         assert (self._sums(), self._command_ids()) == before
 
     @invariant()
-    def sequences_grow(self) -> None:
+    def sequences_grow_and_nothing_is_said_twice(self) -> None:
         if not hasattr(self, "pipeline"):
             return
         last: dict[str, int] = {}
         told: dict[tuple[str, int], dict[str, Any]] = {}
+        said: dict[str, tuple[Any, ...]] = {}
         for command in self._commands():
             key = f"{command['scope']}|{command['budget']}"
             same = told.setdefault((key, command["seq"]), command)
             if same is command:
                 assert command["seq"] > last.get(key, -1), key
                 last[key] = command["seq"]
+                order = tuple(str(command.get(name)) for name in ("action", "budget_version", "window", "expires_at"))
+                assert said.get(key) != order, f"{key} is told {command['action']} twice"
+                said[key] = order
             assert same["id"] == command["id"], "a replay gives the same command again"
 
     def teardown(self) -> None:

@@ -25,6 +25,11 @@ def spent(pattern: str) -> PipelineDriver:
     return pipeline
 
 
+def standing(pipeline: PipelineDriver) -> list[str]:
+    """Return the action of the latest command, which a guard obeys; a day's halt lasts longer than these tests."""
+    return [max(pipeline.commands(), key=lambda each: each.seq).action] if pipeline.commands() else []
+
+
 def orders(pipeline: PipelineDriver) -> list[tuple[str, int, str]]:
     """Return what was commanded; a repetition of the same record counts once."""
     return list(dict.fromkeys((each.id, each.seq, each.action) for each in pipeline.commands()))
@@ -106,3 +111,44 @@ def test_a_resume_by_a_deadline_is_one_command_over_a_crash_before_the_flush() -
     pipeline.flush()
     assert [action for *_, action in orders(pipeline)] == ["halt", "resume"]
     assert len(pipeline.records(COMMANDS.name)) == 2, "what lies there is not written again either"
+
+
+@pytest.mark.parametrize("pattern", SCOPES)
+@pytest.mark.parametrize("withdrawn", [False, True], ids=["raised", "withdrawn"])
+def test_a_halt_whose_state_is_lost_is_lifted_when_its_budget_is_changed_before_the_next_worker_starts(
+    pattern: str, *, withdrawn: bool
+) -> None:
+    def change() -> None:
+        if withdrawn:
+            pipeline.withdraw_budget("b")
+        else:
+            pipeline.apply_budget(budget(pattern, cap(5_000, unit="tokens"), name="b", version=2))
+
+    lost = 0
+    for records in range(24):
+        pipeline = spent(pattern)
+        pipeline.crash(after_records=records, meanwhile=change)
+        pipeline.emit(call(pipeline, input=950))
+        for _ in range(2):
+            pipeline.flush()
+        pipeline.advance(1)
+        pipeline.crash()
+        pipeline.flush()
+        assert standing(pipeline) in ([], ["resume"]), records
+        lost += standing(pipeline) == ["resume"]
+    assert lost > 0, "no crash came between a halt and its state: then nothing was proved"
+
+
+@pytest.mark.parametrize("pattern", SCOPES)
+def test_a_halt_whose_state_is_lost_stands_when_its_changed_budget_is_reached_all_the_same(pattern: str) -> None:
+    for records in range(24):
+        pipeline = spent(pattern)
+        changed = budget(pattern, cap(1_040, unit="tokens"), name="b", version=2)
+        pipeline.crash(after_records=records, meanwhile=lambda at=pipeline, to=changed: at.apply_budget(to))
+        pipeline.emit(call(pipeline, input=950))
+        for _ in range(2):
+            pipeline.flush()
+        pipeline.crash()
+        pipeline.flush()
+        assert standing(pipeline) == ["halt"], records
+        assert pipeline.commands()[-1].seq == max(command.seq for command in pipeline.commands())

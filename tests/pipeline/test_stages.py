@@ -285,3 +285,21 @@ async def test_two_flushes_at_once_write_in_their_order() -> None:
     assert tokens == 2
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.gather(first, second)
+
+
+@pytest.mark.parametrize("stage", ["meter", "rollup"])
+async def test_a_record_that_waited_while_its_partition_was_given_to_another_leads_to_nothing(stage: str) -> None:
+    worker = Worker(SlowPorts(), budgets=(ANY_TOKEN if stage == "meter" else ANY_TEAM_TOKEN,))
+    source = RECORDS[0] if stage == "meter" else SHARES[0]
+    async with getattr(worker, stage)._changing:  # as while a command waits for a broker that is away
+        taking = asyncio.ensure_future(getattr(worker, stage).on_record(worker.record(source)))
+        await asyncio.sleep(0)
+        worker.generation += 1
+    async with asyncio.timeout(SOON_S):
+        await taking
+        await getattr(worker, stage).flush()
+    assert (worker.ports.puts, worker.ports.writes, worker.acked) == ([], [], [])
+    await getattr(worker, stage).on_record(worker.record(source))  # its owner is given it again
+    await getattr(worker, stage).flush()
+    assert COMMANDS.name in worker.ports.topics()
+    assert worker.acked == [source.offset]

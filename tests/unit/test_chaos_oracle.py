@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chaos.chaos import Span, longest_alone
+from chaos.chaos import Span, waits_alone
 from chaos.oracle import Topics, judge
 from pipeline.samples import BOOK, budget, call, cap, driver
 from spendfuse.wire import encode
@@ -84,4 +84,4 @@ def test_a_single_nano_in_clickhouse_is_a_difference(topics: Topics) -> None:
 def test_a_wait_is_laid_at_the_door_of_a_fault_that_has_no_other_beside_it() -> None:
     spans = [Span("kill", 0.0, 9.0), Span("restart", 20.0, 25.0), Span("kill", 24.0, 30.0), Span("restart", 40.0, 41.0)]
     waits = [(1.0, 8.0), (8.5, 10.0), (21.0, 26.0), (40.5, 40.9), (50.0, 90.0)]
-    assert longest_alone(spans, waits) == {"kill": (1, 7.0), "restart": (1, pytest.approx(0.4))}
+    assert waits_alone(spans, waits) == {"kill": [7.0], "restart": [pytest.approx(0.4)]}

@@ -3,16 +3,45 @@
 A decision that follows from a usage has that usage's time, so a replay gives its command again, id and sequence alike.
 What follows from a changed budget, from a deadline or from the start of a worker has the time of the clock. After a
 crash between its command and its state it is taken once more, later: then the command that lies in its topic counts.
+
+And what a replay will not say again must be known to be taken back: a halt under a budget that has changed since.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from spendfuse.engine.decide import CALLS_ENDED
 from spendfuse.engine.orders import Effects, alert_id
+from spendfuse.engine.policies import Policies
+from spendfuse.engine.recall import recall
 from spendfuse.engine.state import Fuse
-from spendfuse.wire.control import Command
+from spendfuse.wire.base import to_us
+from spendfuse.wire.control import MANUAL_BUDGET, Command
 
-Latest = Callable[[str], Command | None]
-"""The latest genuine command of a key `scope|budget|cap`; None where none is known."""
+Said = Callable[[str], Iterable[Command]]
+"""The latest genuine command of each budget and cap of a scope."""
+
+
+def recall_unknown(scope: str, fuses: dict[str, Fuse], policies: Policies, said: Said, now_us: int) -> bool:
+    """Bring fuses up to commands that the state does not know and that no replay gives again; say whether any changed.
+
+    A halt or degrade that stands under a former version of its budget comes back whole, to be lifted or confirmed; of
+    what no usage led to, the sequence does, so that the next command is newer.
+    """
+    changed = False
+    for told in said(scope):
+        name = f"{told.budget}|{told.cap}"
+        known = fuses.get(name)
+        if told.budget == MANUAL_BUDGET or told.seq <= (known.seq if known is not None else 0):
+            continue
+        budget = policies.budgets.get(told.budget)
+        stands = told.expires_at is None or to_us(told.expires_at) > now_us
+        if told.action in ("halt", "degrade") and stands and (budget is None or budget.version > told.budget_version):
+            recall(fuses, told, policies, sent=True)
+            changed = True
+        elif told.action == "resume" and told.reason != CALLS_ENDED and known is None:
+            fuses[name] = Fuse(told.seq)
+            changed = True
+    return changed
 
 
 def sequences_of(fuses: Mapping[str, Fuse]) -> dict[str, int]:
@@ -21,19 +50,19 @@ def sequences_of(fuses: Mapping[str, Fuse]) -> dict[str, int]:
 
 
 def unsaid(
-    effects: Effects | None, fuses: Mapping[str, Fuse], before: Mapping[str, int], latest: Latest
+    effects: Effects | None, fuses: Mapping[str, Fuse], before: Mapping[str, int], said: Iterable[Command]
 ) -> Effects | None:
     """Return effects without the commands that had been sent already and that the state did not know.
 
     The fuses take over the sequences of those, and the alerts about them their ids: an alert may not have been sent.
-    `before` are the sequences of the fuses before the decision.
+    `before` are the sequences of the fuses before the decision, `said` the latest command of each budget and cap.
     """
     if effects is None or not effects.commands:
         return effects
-    for key in dict.fromkeys(command.key for command in effects.commands):
-        told = latest(key)
-        name = key.partition("|")[2]
-        if told is None or told.seq <= before.get(name, 0):
+    ordered = {command.key for command in effects.commands}
+    for told in said:
+        key, name = told.key, f"{told.budget}|{told.cap}"
+        if key not in ordered or told.seq <= before.get(name, 0):
             continue
         ours = [command for command in effects.commands if command.key == key]
         same = next((nth for nth in reversed(range(len(ours))) if _says(ours[nth]) == _says(told)), None)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import faust
@@ -14,6 +15,7 @@ from spendfuse.client.clock import Clock, ScaledClock, parse_clock
 from spendfuse.engine.idle import bound_us
 from spendfuse.pipeline import faust_cures
 from spendfuse.pipeline.awake import Awake
+from spendfuse.pipeline.changelogs import read_to_end
 from spendfuse.pipeline.feed import PolicyFeed, price_book_of
 from spendfuse.pipeline.genuine import signer_of, verifier_of
 from spendfuse.pipeline.lag import Reading
@@ -60,7 +62,7 @@ def create_app(
     """
     # A session may have begun to run out one heartbeat before the freeze.
     awake = Awake((broker.session_timeout_ms - broker.heartbeat_interval_ms) * SECONDS_PER_MS, on_frozen)
-    faust_cures.install(broker.fetch_max_wait_ms, awake.listen)
+    faust_cures.install(broker.fetch_max_wait_ms, awake.listen, partial(read_to_end, broker))
     clock = parse_clock(clocks.clock)
     app = _faust_app(broker, settings)
     outbox = KafkaOutbox(broker, awake)
@@ -182,7 +184,7 @@ def _agents(
         violations=violations,
         ends=ends,
         idle_us=idle_us,
-        latest=register.latest_command,
+        said=register.of_scope,
     )
     rollup = RollupStage(
         table=table("shared"),
@@ -192,7 +194,7 @@ def _agents(
         generation=generation,
         ends=ends,
         idle_us=idle_us,
-        latest=register.latest_command,
+        said=register.of_scope,
     )
 
     async def meter_agent(stream: Any) -> None:

@@ -1,4 +1,4 @@
-"""Three defects of faust-streaming 0.15.3, cured from outside, and the proof that this is the version they are for.
+"""Defects of faust-streaming 0.15.3, cured from outside, and the proof that this is the version they are for.
 
 1. Recovery loses source events: `Recovery.on_recovery_completed` resumes the source partitions, then awaits a seek,
    then clears the agents' queues; what was queued in between vanishes and is committed. The cure stops the flow
@@ -15,6 +15,9 @@
    its records were dropped. A partition of which nothing was ever committed it leaves where it is: all its first
    records are lost. The cure goes back to its beginning.
 
+6. A recovery takes some 250 µs for a record of a changelog, and whatever was written since the last one is read again.
+   The cure reads changelogs to their ends by itself (`changelogs.py`) before Faust looks what is left to be read.
+
 Faust's consumer is aiokafka's, so it is also given what ours have: no record batch can stop it.
 
 And one of aiokafka 0.14: a subscription that changes while the group's coordinator is looked up, as Faust changes it
@@ -25,17 +28,20 @@ task begin its loop again, where it looks at the subscription anew.
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 import aiokafka
+from aiokafka import TopicPartition
 from aiokafka.consumer.group_coordinator import GroupCoordinator
+from aiokafka.errors import KafkaError
 from faust.stores.memory import Store
 from faust.tables.recovery import Recovery
 from faust.transport.consumer import Consumer
 
 from spendfuse.client.connection import read_anything
 from spendfuse.pipeline import codec
+from spendfuse.pipeline.changelogs import Apply
 
 RECOVERY_SHA256: Final = "6ef567acf072e46da3fccbccc6d662371f634f622c3d510972d5df81f70ae3ac"
 """Of the source of `Recovery.on_recovery_completed` that the first cure was proved on."""
@@ -47,6 +53,7 @@ _log = logging.getLogger(__name__)
 _COORDINATION: Final = "_GroupCoordinator__coordination_routine"
 _original_coordination = getattr(GroupCoordinator, _COORDINATION)
 _original_recovery_completed = Recovery.on_recovery_completed
+_original_build_offsets = Recovery._build_offsets  # noqa: SLF001 - there is no public step to wrap
 _original_consumer_init = aiokafka.AIOKafkaConsumer.__init__
 _original_commit = Consumer.commit
 _original_perform_seek = Consumer.perform_seek
@@ -56,6 +63,9 @@ OLDER: Final[dict[str, Callable[[bytes, bytes], bool]]] = {
     "scopes": codec.is_older_scope, "ids": codec.is_older_slot, "shared": codec.is_older_shared,
 }  # fmt: skip
 """For each table: whether a value is older than another of its key."""
+
+Read = Callable[[Mapping[TopicPartition, tuple[int, int]], Apply], Awaitable[Any]]
+"""Reads partitions from a first offset to a last and hands over their records, as `changelogs.read_to_end`."""
 
 
 class CureMismatchError(Exception):
@@ -107,19 +117,46 @@ def _apply_changelog(
     self: Any, batch: Iterable[Any], to_key: Callable[[Any], bytes], to_value: Callable[[Any], bytes]
 ) -> None:
     """Apply what a changelog says to a table of bytes, but for values that are older than what is there."""
-    is_older = OLDER.get(self.table_name, _never)
-    for event in batch:
-        key = to_key(event.key)
-        if event.message.value is None:
-            self.data.pop(key, None)
-            self._key_partition.pop(key, None)
+    _take_in(
+        self,
+        (
+            (to_key(each.key), None if each.message.value is None else to_value(each.value), each.message.partition)
+            for each in batch
+        ),
+    )
+
+
+def _take_in(store: Any, changes: Iterable[tuple[bytes, bytes | None, int]]) -> None:
+    """Apply changes, (key, value, partition), to a table's store; None is a tombstone."""
+    is_older = OLDER.get(store.table_name, _never)
+    for key, value, partition in changes:
+        if value is None:
+            store.data.pop(key, None)
+            store._key_partition.pop(key, None)  # noqa: SLF001 - as Faust's own store does
             continue
-        self._key_partition[key] = event.message.partition
-        value, held = to_value(event.value), self.data.get(key)
+        store._key_partition[key] = partition  # noqa: SLF001 - the same
+        held = store.data.get(key)
         if held is not None and is_older(value, held):
-            _stale.setdefault(self.table_name, set()).add(key)
+            _stale.setdefault(store.table_name, set()).add(key)
         else:
-            self.data[key] = value
+            store.data[key] = value
+
+
+async def _catch_up(recovery: Any, read: Read, offsets: Any) -> None:
+    """Read the changelogs of a recovery to their ends; `offsets`, the last taken in of each, move with it."""
+    ends = recovery.active_highwaters
+    spans = {place: (offset + 1, ends[place]) for place, offset in offsets.items() if offset < ends.get(place, -1)}
+
+    def apply(place: TopicPartition, records: Any) -> None:
+        if place in offsets:  # else it has been taken away meanwhile
+            _take_in(recovery.tp_to_table[place].data, ((each.key, each.value, each.partition) for each in records))
+            offsets[place] = records[-1].offset
+
+    if spans:
+        try:
+            await read({TopicPartition(*place): span for place, span in spans.items()}, apply)
+        except KafkaError as error:
+            _log.warning("changelogs are left to Faust to read: %r", error)
 
 
 def _never(_value: bytes, _held: bytes) -> bool:
@@ -131,8 +168,10 @@ def take_stale(table: str) -> set[bytes]:
     return _stale.pop(table, set())
 
 
-def install(fetch_max_wait_ms: int, listen: Callable[[Any], None] = lambda _: None) -> None:
-    """Install the cures; calling it again only changes the fetch wait, and who listens to the client of the worker.
+def install(fetch_max_wait_ms: int, listen: Callable[[Any], None] = lambda _: None, read: Read | None = None) -> None:
+    """Install the cures; calling it again only changes the fetch wait, who listens to the worker's client, and `read`.
+
+    Without `read` Faust reads the changelogs itself.
 
     Raises `CureMismatchError` when Faust is not the version they were proved on.
     """
@@ -151,6 +190,12 @@ def install(fetch_max_wait_ms: int, listen: Callable[[Any], None] = lambda _: No
         if is_worker:
             listen(self._client)
 
+    async def build_offsets(self: Any, consumer: Any, tps: Any, offsets: Any, title: str) -> None:
+        await _original_build_offsets(self, consumer, tps, offsets, title)
+        if title == "active" and read is not None:
+            await _catch_up(self, read, offsets)
+
+    Recovery._build_offsets = build_offsets  # type: ignore[method-assign,assignment]  # noqa: SLF001 - the cure itself
     Recovery.on_recovery_completed = _recovery_completed  # type: ignore[method-assign]  # the cure itself
     Consumer.commit = _commit  # type: ignore[method-assign]  # the same
     Consumer.perform_seek = _perform_seek  # type: ignore[method-assign]  # the same
@@ -161,6 +206,7 @@ def install(fetch_max_wait_ms: int, listen: Callable[[Any], None] = lambda _: No
 
 def uninstall() -> None:
     """Take the cures out, as a test that must fail without them does."""
+    Recovery._build_offsets = _original_build_offsets  # type: ignore[method-assign]  # noqa: SLF001 - the same
     Recovery.on_recovery_completed = _original_recovery_completed  # type: ignore[method-assign]  # the same
     Consumer.commit = _original_commit  # type: ignore[method-assign]  # the same
     Consumer.perform_seek = _original_perform_seek  # type: ignore[method-assign]  # the same

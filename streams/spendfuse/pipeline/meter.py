@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from pydantic import ValidationError
 
 from spendfuse.client.clock import Clock
-from spendfuse.engine.again import Latest, sequences_of, unsaid
+from spendfuse.engine.again import Said, recall_unknown, sequences_of, unsaid
 from spendfuse.engine.call import Call
 from spendfuse.engine.idle import bound_us, scope_is_idle
 from spendfuse.engine.ids import SLOTS, SeenIds
@@ -93,15 +93,15 @@ class MeterStage:
         violations: Violations,
         ends: Ends | None = None,
         idle_us: int = IDLE_US,
-        latest: Latest = lambda _: None,
+        said: Said = lambda _: (),
     ) -> None:
         """Take the ports; `generation` changes whenever partitions are assigned anew; `ends` vouches for the state.
 
-        A scope is forgotten after `idle_us`. `latest` knows what was commanded, by whatever worker.
+        A scope is forgotten after `idle_us`. `said` knows what was commanded, by whatever worker.
         """
         self.counters = Counters()
         self._idle_us = idle_us
-        self._latest = latest
+        self._said = said
         self._sweep = Sweep(tables.scopes.keys)
         self._ends = ends
         self._tables = tables
@@ -123,7 +123,10 @@ class MeterStage:
 
     async def on_record(self, record: SourceRecord) -> None:
         """Fold one packed message into the state; flush when too much is not yet durable."""
+        generation = self._generation()
         async with self._changing:
+            if generation != self._generation():
+                return  # it waited while its partition was given away: what is stored here may be old by now
             self._drop_if_reassigned()
             self._deliveries += await self._take_in(record)
             self._unacked.append(record)
@@ -259,7 +262,7 @@ class MeterStage:
                 fuses = pending.meter.state(scope).fuses
                 before = sequences_of(fuses)
                 effects = pending.meter.passed(scope, self._feed.policies, self._feed.book, now_us)
-                effects = unsaid(effects, fuses, before, self._latest)
+                effects = unsaid(effects, fuses, before, self._said(scope))
                 pending.dirty.add(scope)
                 pending.unpublished.add(scope)
                 self._board.touch((partition, scope))
@@ -301,17 +304,20 @@ class MeterStage:
         pending = self._pending(partition)
         in_use = scope in pending.meter.states
         fuses = pending.meter.state(scope).fuses
+        recalled = recall_unknown(scope, fuses, self._feed.policies, self._said, self._clock())
         before = sequences_of(fuses)
         effects = pending.meter.reconsider(scope, self._feed.policies, self._feed.book, self._clock())
-        effects = unsaid(effects, fuses, before, self._latest)
+        effects = unsaid(effects, fuses, before, self._said(scope))
         pending.meter.watch(scope)
         if self._feed.policies.of(scope).limits or self._board.knows((partition, scope)):
             self._board.touch((partition, scope))
+        if recalled:
+            pending.dirty.add(scope)
         if effects is not None:
             pending.dirty.add(scope)
             self._deliveries += await self._publisher.effects(effects)
             self.counters.commands += len(effects.commands)
-        elif not in_use:
+        elif not in_use and not recalled:
             pending.meter.forget(scope)  # looked at, and no more: not all that is stored fits into memory
 
     def _drop_if_reassigned(self) -> None:

@@ -43,6 +43,7 @@ class Register:
         self.verifier = verifier
         self._kept_max = kept_max
         self._kept: dict[bytes, Kept] = {}
+        self._by_scope: dict[str, set[bytes]] = {}
 
     def accept(self, record: SourceRecord) -> Command:
         """Return the command of a record of `commands.v1` and remember it; raises Refused for what is not genuine."""
@@ -53,8 +54,9 @@ class Register:
         if kept is None or command.seq > kept.command.seq:
             place = record.offset, record.timestamp_ms
             self._kept[key] = Kept(command, *place, key, record.value or b"", tuple(record.headers))
+            self._by_scope.setdefault(command.scope, set()).add(key)
             if len(self._kept) > self._kept_max:
-                del self._kept[next(iter(self._kept))]
+                self._forget(next(iter(self._kept)))
         elif record.value == kept.value:  # written again, perhaps under another signature: that one counts
             self._kept[key] = kept._replace(headers=tuple(record.headers))
         self.halts.take(command)
@@ -72,10 +74,16 @@ class Register:
         """Return the genuine command of the highest `seq` of a key, None if there is none."""
         return self._kept.get(key or b"")
 
-    def latest_command(self, key: str) -> Command | None:
-        """Return the genuine command of the highest `seq` of `scope|budget|cap`, None if there is none."""
-        kept = self._kept.get(key.encode())
-        return None if kept is None else kept.command
+    def _forget(self, key: bytes) -> None:
+        scope = self._kept.pop(key).command.scope
+        keys = self._by_scope[scope]
+        keys.discard(key)
+        if not keys:
+            del self._by_scope[scope]
+
+    def of_scope(self, scope: str) -> list[Command]:
+        """Return the genuine command of the highest `seq` of each budget and cap of a scope."""
+        return [self._kept[key].command for key in self._by_scope.get(scope, ())]
 
     def is_retiring(self, kept: Kept) -> bool:
         """Say whether the key that signed a command has an end: no guard would believe the command after it."""

@@ -8,7 +8,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from spendfuse.client.clock import Clock
-from spendfuse.engine.again import Latest, sequences_of, unsaid
+from spendfuse.engine.again import Said, recall_unknown, sequences_of, unsaid
 from spendfuse.engine.due import Due
 from spendfuse.engine.idle import bound_us, shared_is_idle
 from spendfuse.engine.remaining import rolls_at
@@ -56,15 +56,15 @@ class RollupStage:
         generation: Callable[[], int],
         ends: Ends | None = None,
         idle_us: int = IDLE_US,
-        latest: Latest = lambda _: None,
+        said: Said = lambda _: (),
     ) -> None:
         """Take the ports; `generation` changes whenever partitions are assigned anew; `ends` vouches for the state.
 
-        A scope is forgotten after `idle_us`. `latest` knows what was commanded, by whatever worker.
+        A scope is forgotten after `idle_us`. `said` knows what was commanded, by whatever worker.
         """
         self._ends = ends
         self._idle_us = idle_us
-        self._latest = latest
+        self._said = said
         self._sweep = Sweep(table.keys)
         # Known to be assigned: a table also holds keys of partitions that have left, which are not ours to delete.
         self._ours: set[int] = set()
@@ -87,7 +87,10 @@ class RollupStage:
 
     async def on_record(self, record: SourceRecord) -> None:
         """Take in one partition's share of one scope."""
+        generation = self._generation()
         async with self._changing:
+            if generation != self._generation():
+                return  # it waited while its partition was given away: what is stored here may be old by now
             self._drop_if_reassigned()
             self._ours.add(record.partition)
             self._deliveries += await self._take_in(record)
@@ -152,7 +155,7 @@ class RollupStage:
             self._board.touch(name)
             before = sequences_of(state.fuses)
             effects = passed_shared(name[1], state, policies, now_us=now_us, price_book=price_book)
-            effects = unsaid(effects, state.fuses, before, self._latest)
+            effects = unsaid(effects, state.fuses, before, self._said(name[1]))
             if effects is not None:
                 self._dirty.add(name)
                 self._deliveries += await self._publisher.effects(effects)
@@ -244,18 +247,21 @@ class RollupStage:
         name = (partition, scope)
         in_use = name in self._states
         state, now_us = self._state(partition, scope), self._clock()
+        recalled = recall_unknown(scope, state.fuses, self._feed.policies, self._said, now_us)
         before = sequences_of(state.fuses)
         effects = reconsider_shared(
             scope, state, self._feed.policies, now_us=now_us, price_book=self._feed.book.version
         )
-        effects = unsaid(effects, state.fuses, before, self._latest)
+        effects = unsaid(effects, state.fuses, before, self._said(scope))
         self._watch(name, state, now_us)
         if self._feed.policies.of(scope).limits or self._board.knows(name):
             self._board.touch(name)
+        if recalled:
+            self._dirty.add(name)
         if effects is not None:
             self._dirty.add(name)
             self._deliveries += await self._publisher.effects(effects)
-        elif not in_use:
+        elif not in_use and not recalled:
             del self._states[name]  # looked at, and no more: not all that is stored fits into memory
 
     def _state(self, partition: int, scope: str) -> SharedState:

@@ -145,6 +145,8 @@ class PipelineDriver:
         self._power = Power()
         self._generation = 1
         self._usages = 0
+        self._meanwhile: Callable[[], None] | None = None
+        self._is_down = False
         self._loop = asyncio.new_event_loop()
         weakref.finalize(self, self._loop.close)
         self._intake_reader = MemoryReader(self._topics, [USAGE.name])
@@ -260,11 +262,13 @@ class PipelineDriver:
         """Make all that is in memory durable and acknowledge its source; with `autoflush` this happens by itself."""
         self._until_powered(self._flush)
 
-    def crash(self, after_records: int | None = None) -> None:
+    def crash(self, after_records: int | None = None, *, meanwhile: Callable[[], None] | None = None) -> None:
         """Kill the worker and start it again: what was not durable is lost, what was not acknowledged comes again.
 
-        With `after_records` it dies later: when so many more records, changelog included, have left it.
+        With `after_records` it dies later: when so many more records, changelog included, have left it. `meanwhile` is
+        called while no worker runs.
         """
+        self._meanwhile = meanwhile or self._meanwhile
         if after_records is not None:
             self._power.left = after_records
             return
@@ -385,7 +389,7 @@ class PipelineDriver:
             "generation": lambda: self._generation,
             "ends": Ends(self._end_of, 0.0),
             "idle_us": self._idle_us,
-            "latest": self._register.latest_command,
+            "said": self._register.of_scope,
         }
         violations = Violations(self._register.halts, self._violation_grace_us)
         self._meter = MeterStage(tables=self._meter_tables, violations=violations, **ports)
@@ -408,6 +412,11 @@ class PipelineDriver:
 
     def _restart(self) -> None:
         self._power.left = None
+        meanwhile, self._meanwhile = self._meanwhile, None
+        if meanwhile is not None:
+            self._is_down = True
+            meanwhile()
+            self._is_down = False
         for reader in (self._intake_reader, self._meter_reader, self._rollup_reader, self._recorder_reader):
             reader.rewind()
         self._start()
@@ -416,6 +425,8 @@ class PipelineDriver:
         self._judge_again = True
 
     def _drive(self) -> None:
+        if self._is_down:
+            return
         self._until_powered(self._flush if self._autoflush else self._rest)
 
     def _until_powered(self, work: Callable[[], None]) -> None:
