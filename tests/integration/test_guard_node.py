@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import re
@@ -167,6 +168,30 @@ def test_a_node_agent_stops_at_a_signed_halt_and_says_so(bootstrap: str, start: 
     assert all(ack.halt_lag_us is not None and 0 <= ack.halt_lag_us < 60_000_000 for ack, _ in found)
 
 
+def signed_record(seq: int) -> bytes:
+    """A record with a genuine halt; its message is long and repeats itself, so that every codec has work to do."""
+    command = Command(
+        id=f"{seq:032x}", seq=seq, action="halt", scope=SCOPE, budget="b", cap="day", issued_at=datetime.now(UTC),
+        message=f"said {seq} " + "and said it again " * 20,
+    )  # fmt: skip
+    key, value = command.key.encode(), encode(command)
+    header = Signer.parse(NEW).sign(COMMANDS.name, key, value)
+    return raw_batches.record(value, [(SIGNATURE_HEADER.encode(), header)], key=key)
+
+
+def lz4(payload: bytes) -> bytes:
+    machine = cramjam.lz4.Compressor(level=9, content_checksum=False, block_linked=False)
+    machine.compress(payload)
+    return bytes(machine.finish())
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "snappy": lambda payload: bytes(cramjam.snappy.compress_raw(payload)),
+    "lz4": lz4,
+}
+
+
 def garbage() -> dict[str, bytes]:
     """Batches that a broker takes and kafkajs cannot read, or should not believe."""
     one = raw_batches.record(b"v")
@@ -209,11 +234,20 @@ def test_no_batch_stops_a_node_guard_and_what_it_has_no_codec_for_makes_it_blind
     again = start(servers, SPENDFUSE_FAIL_MODE="closed")
     said, errors = again.communicate(timeout=DEADLINE_S)
     assert "the guard is blind" in said, errors  # no worker is there; it has read the resume behind the garbage
-    # What others can read may be a halt.
-    packed = raw_batches.batch(bytes(cramjam.snappy.compress_raw(raw_batches.record(b"v"))), codec="snappy")
+    for nth, (codec, compress) in enumerate(COMPRESSIONS.items()):
+        agent = start(servers)
+        assert agent.stdout is not None
+        agent.stdout.readline()
+        raw = raw_batches.batch(compress(signed_record(30 + 2 * nth)), codec=codec)
+        asyncio.run(raw_batches.produce(servers, COMMANDS.name, 0, raw))
+        said, errors = agent.communicate(timeout=DEADLINE_S)
+        assert agent.returncode == 3, (codec, errors)
+        assert json.loads(said)["seq"] == 30 + 2 * nth, codec
+        send(servers, ("resume", 31 + 2 * nth, "day", Signer.parse(NEW)))
+    # What others can read may be a halt: zstd is Node's own from 22.15 on.
+    packed = raw_batches.batch(bytes(cramjam.zstd.compress(signed_record(50))), codec="zstd")
     asyncio.run(raw_batches.produce(servers, COMMANDS.name, 0, packed))
     unable = start(servers, SPENDFUSE_FAIL_MODE="bounded", SPENDFUSE_GRACE_S="0.2")
     said, errors = unable.communicate(timeout=DEADLINE_S)
     assert unable.returncode == 3, errors
-    assert "no codec 2" in errors
-    assert "the grace of 0.2 s" in said
+    assert ("no codec 4" in errors and "the grace of 0.2 s" in said) or '"seq":50' in said

@@ -7,23 +7,17 @@
 //
 // Kafka's record batch, version 2: https://kafka.apache.org/documentation/#recordbatch
 import { createRequire } from "node:module";
-import zlib from "node:zlib";
+import { CODECS } from "./compression.mjs";
 
 export const UNREADABLE = "spendfuse-unreadable";
 export const NO_CODEC = "no codec"; // the reason of a batch that another program may be able to read
 const DECODER = "kafkajs/src/protocol/recordBatch/v0/decoder.js";
 const HEAD_BYTES = 61;
 const LENGTH_AT = 8; // the length counts what follows it
-const UNPACKED_BYTES_MAX = 16 * 1_048_576;
 const RECORDS_MAX = 10_000; // of one batch; kafkajs spreads them over the arguments of one call
 const HEADERS_MAX = 1_000; // of one record
 
 class Unreadable extends Error {}
-
-const bounded = (unpack) => (payload) => unpack(payload, { maxOutputLength: UNPACKED_BYTES_MAX });
-// By Kafka's number. Node has zstd from 22.15 on, and neither snappy nor lz4.
-const CODECS = { 0: (payload) => payload, 1: bounded(zlib.gunzipSync) };
-if (zlib.zstdDecompressSync) CODECS[4] = bounded(zlib.zstdDecompressSync);
 
 // The batch at the beginning of some bytes, in the form of kafkajs; null when the broker has cut it off.
 export function decodeBatch(raw) {
