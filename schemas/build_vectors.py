@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 HERE = Path(__file__).resolve().parent
 TOPIC = "spendfuse.commands.v1"
+ACKS_TOPIC = "spendfuse.acks.v1"
 AGENT, TEAM, WORKSPACE, RUN = "agent:acme/research/planner", "team:acme/research", "workspace:acme", "run:acme/root-1"
 SCOPES = [AGENT, TEAM, WORKSPACE, RUN]
 END = "2026-11-23T12:00:00Z"
@@ -223,9 +224,93 @@ def _misplaced(action: str, seq: int, *, scope: str, key: str) -> dict[str, Any]
     return {"key": key, "value": value, "header": header("sf-2026-11", key.encode(), value.encode())}
 
 
+def acks() -> dict[str, Any]:
+    """Return acks that guards sign: Ed25519 is deterministic, so every language makes the same header of a key."""
+    rows = []
+    for name, kid, seed, scope in (
+        ("of an agent's halt", "guard-1", 160, AGENT),
+        ("of its team's", "guard-2", 200, TEAM),
+    ):
+        body = {
+            "v": 1, "command_id": f"{5:032x}", "seq": 5, "scope": scope, "budget": "b", "cap": "day", "agent": AGENT,
+            "guard": "guard-a", "state": "enforced", "at": "2026-11-23T10:00:01.5Z",
+        }  # fmt: skip
+        value = json.dumps(body, separators=(",", ":")).encode()
+        key = private(seed)
+        encoded = [
+            base64.b64encode(raw).decode() for raw in (key.private_bytes_raw(), key.public_key().public_bytes_raw())
+        ]
+        rows.append(
+            {
+                "name": name, "private_key": f"{kid}={encoded[0]}", "public_key": f"{kid}={encoded[1]}", "key": scope,
+                "value": value.decode(), "header": header(kid, scope.encode(), value, ACKS_TOPIC, by=key),
+            }
+        )  # fmt: skip
+    return {"what": "acks as a guard with a key of its own signs them", "topic": ACKS_TOPIC, "vectors": rows}
+
+
+def silence() -> dict[str, Any]:
+    """Return what a guard that hears nothing is, and whether its agent may go on, at some times.
+
+    `do`: "commands" (all are read), "sign" (a worker's sign of life), "used" (`tokens` by the agent), "ask".
+    """
+
+    def asked(at_s: float, state: str, *, go: bool) -> dict[str, Any]:
+        return {"at_s": at_s, "do": "ask", "state": state, "go": go}
+
+    begin = [{"at_s": 0, "do": "commands"}, {"at_s": 0, "do": "sign"}]
+    rows: list[tuple[str, str, list[dict[str, Any]]]] = [
+        (
+            "bounded: stale, then blind, halted 300 s after it was first asked there, free at a sign", "bounded",
+            [
+                *begin, asked(0, "live", go=True), asked(15, "live", go=True), asked(15.5, "stale", go=True),
+                asked(120, "stale", go=True), asked(121, "blind", go=True), asked(420.5, "blind", go=True),
+                asked(421, "blind", go=False), asked(9_999, "blind", go=False), {"at_s": 10_000, "do": "sign"},
+                asked(10_000, "live", go=True), asked(10_121, "blind", go=True), asked(10_421, "blind", go=False),
+            ],
+        ),
+        (
+            "bounded: the grace is also so many tokens", "bounded",
+            [
+                *begin, {"at_s": 1, "do": "used", "tokens": 900_000}, asked(121, "blind", go=True),
+                {"at_s": 122, "do": "used", "tokens": 50_000}, asked(122, "blind", go=True),
+                {"at_s": 123, "do": "used", "tokens": 1}, asked(123, "blind", go=False),
+            ],
+        ),
+        (
+            "bounded: what was not read is borne within the grace", "bounded",
+            [
+                asked(2, "syncing", go=True), asked(301, "syncing", go=True), asked(302, "syncing", go=False),
+                {"at_s": 303, "do": "commands"}, asked(303, "blind", go=False), {"at_s": 304, "do": "sign"},
+                asked(304, "live", go=True),
+            ],
+        ),
+        (
+            "closed: halted while syncing and blind, not while stale", "closed",
+            [
+                asked(2, "syncing", go=False), {"at_s": 3, "do": "commands"}, asked(3, "blind", go=False),
+                {"at_s": 4, "do": "sign"}, asked(4, "live", go=True), asked(20, "stale", go=True),
+                asked(124, "stale", go=True), asked(125, "blind", go=False),
+            ],
+        ),
+        (
+            "open: never halted by silence", "open",
+            [
+                asked(2, "syncing", go=True), *begin, asked(16, "stale", go=True), asked(121, "blind", go=True),
+                {"at_s": 122, "do": "used", "tokens": 10_000_000}, asked(99_999, "blind", go=True),
+            ],
+        ),
+    ]  # fmt: skip
+    return {
+        "what": "a guard's state, and whether its agent may go on, by what was heard; times in seconds of one clock",
+        "stale_after_s": 15, "blind_after_s": 120, "grace_s": 300, "grace_tokens": 50_000,
+        "scenarios": [{"name": name, "fail_mode": mode, "steps": steps} for name, mode, steps in rows],
+    }  # fmt: skip
+
+
 def documents() -> dict[Path, str]:
     """Return every file with its text."""
-    made = {"signatures": signatures(), "obedience": scenarios()}
+    made = {"signatures": signatures(), "obedience": scenarios(), "acks": acks(), "silence": silence()}
     return {
         HERE / "vectors" / f"{name}.json": json.dumps(value, indent=1, ensure_ascii=False) + "\n"
         for name, value in made.items()

@@ -193,7 +193,7 @@ def _message(name: str, channel: Channel) -> dict[str, Any]:
         "title": model.__name__,
         "summary": (model.__doc__ or "").strip().splitlines()[0],
         "contentType": "application/json",
-        "headers": SIGNED_HEADERS if name in {"command", "remaining"} else CLOUDEVENTS_HEADERS,
+        "headers": SIGNED_HEADERS if name in {"command", "remaining", "heartbeat", "ack"} else CLOUDEVENTS_HEADERS,
         "payload": {"$ref": f"./json/{schema_name(name)}"},
         "bindings": {"kafka": {"key": key, "bindingVersion": KAFKA_BINDING}},
     }

@@ -30,6 +30,8 @@ OFFSETS_PARTITIONS = 8
 STOP_GRACE_S = 15.0
 SESSION_TIMEOUT_MS = 4_000
 
+_C1_ALONE = "-XX:TieredStopAtLevel=1"
+"""Without the optimising compiler a node starts with two thirds of the CPU, and works at a fraction of its speed."""
 _JVM = ("-XX:+UseSerialGC", "-Xshare:auto", "-Djava.awt.headless=true", "-Dlog4j2.level=WARN")
 
 
@@ -96,9 +98,11 @@ class _Node:
         return self.directory / "server.properties"
 
     @classmethod
-    def at(cls, node_id: int, directory: Path) -> _Node:
+    def at(cls, node_id: int, directory: Path, *jvm: str) -> _Node:
         directory.mkdir()
-        argv = _java(f"-Xms{HEAP_MB // 2}m", f"-Xmx{HEAP_MB}m", "kafka.Kafka", str(directory / "server.properties"))
+        argv = _java(
+            *jvm, f"-Xms{HEAP_MB // 2}m", f"-Xmx{HEAP_MB}m", "kafka.Kafka", str(directory / "server.properties")
+        )
         process = ChildProcess(f"Apache Kafka node {node_id}", argv, log_path=directory / "kafka.log", cwd=directory)
         return cls(node_id, free_port(), free_port(), directory, process)
 
@@ -110,10 +114,12 @@ class KraftBroker:
     all and acknowledged by two. Data lives in a temporary directory and is gone after `stop`.
     """
 
-    def __init__(self, nodes: int = 1) -> None:
+    def __init__(self, nodes: int = 1, *, quick_start: bool = False) -> None:
+        """`quick_start`: for a Kafka that is killed and started again, with little to do between."""
         if not 1 <= nodes <= NODES_MAX:
             raise ValueError(f"a Kafka of {nodes} nodes: give 1 to {NODES_MAX}")
         self._size = nodes
+        self._jvm = (_C1_ALONE,) if quick_start else ()
         self._nodes: list[_Node] = []
         self._ending = ExitStack()
 
@@ -142,7 +148,7 @@ class KraftBroker:
             raise ChildFailedError(f"this Kafka already runs at {self.bootstrap_servers}: stop it first")
         root = Path(self._ending.enter_context(tempfile.TemporaryDirectory(prefix="spendfuse-kraft-")))
         try:
-            self._nodes = [_Node.at(i, root / f"node-{i}") for i in range(1, self._size + 1)]
+            self._nodes = [_Node.at(i, root / f"node-{i}", *self._jvm) for i in range(1, self._size + 1)]
             self._format()
             for node in self._nodes:
                 # Killed, not stopped: nobody needs the data, and the last of three could not leave in order.
@@ -184,8 +190,8 @@ class KraftBroker:
         for node in self._nodes:
             node.properties.write_text(self._server_properties(node), encoding="utf-8")
             arguments = ["format", "--cluster-id", cluster_id, "--config", str(node.properties)]
-            # 4.x's tool; C1 alone, because it lives for a second.
-            argv = _java("-XX:TieredStopAtLevel=1", "kafka.tools.StorageTool", *arguments)
+            # 4.x's tool, which lives for a second.
+            argv = _java(_C1_ALONE, "kafka.tools.StorageTool", *arguments)
             log_path = node.directory / "format.log"
             formats.append(self._ending.enter_context(ChildProcess("StorageTool", argv, log_path=log_path)))
         for tool in formats:

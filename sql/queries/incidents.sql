@@ -4,6 +4,7 @@
 -- are among it). Violations: alerts about this cap in that time, by agents of any kind.
 -- Parameters: workspace String, id String (the beginning of a command id): '' = all; since, until
 -- DateTime64(6,'UTC') of the order, until exclusive; limit UInt32, the latest first.
+-- Agents proved: those whose stop an enrolled guard key has signed; other acks are only claimed.
 -- Units: cap_amount, spend_at_halt in unit; nanos_after in nano-units by currency; *_lag_us microseconds from the
 -- crossing usage's event time to an agent's first enforcement (its guard's clock); times UTC.
 WITH
@@ -46,6 +47,14 @@ stopped AS (
     count() AS agents, count(a.enforced_at) AS agents_stopped, sum(a.guards) AS guard_count
   FROM commands_acked AS a
   WHERE a.action = 'halt' AND a.agent != '' AND a.command_id IN (SELECT command_id FROM halts)
+  GROUP BY command_id, seq
+),
+proved AS (
+  SELECT a.command_id AS command_id, a.seq AS seq, uniqExact(a.agent) AS agents
+  FROM acks AS a
+  INNER JOIN ledger_events AS p ON p.src_topic = a.src_topic AND p.src_partition = a.src_partition
+    AND p.src_offset = a.src_offset
+  WHERE p.kind = 'proof' AND a.state = 'enforced' AND a.command_id IN (SELECT command_id FROM halts)
   GROUP BY command_id, seq
 ),
 (SELECT groupArray((command_id, seq, scope, issued_at, until)) FROM spans) AS stops,
@@ -124,7 +133,7 @@ SELECT
   s.message AS message, s.cause_usage_id AS cause_usage_id, s.cause_ts AS crossed_at, s.issued_at AS issued_at,
   k.first_received_at AS received_at, k.first_enforced_at AS enforced_at, k.all_enforced_at AS all_enforced_at,
   k.first_lag_us AS first_lag_us, k.last_lag_us AS last_lag_us,
-  k.agents AS agents, k.agents_stopped AS agents_stopped, k.guard_count AS guards,
+  k.agents AS agents, k.agents_stopped AS agents_stopped, o.agents AS agents_proved, k.guard_count AS guards,
   p.calls AS calls_after, p.agents AS agents_after, p.tokens AS tokens_after, p.nanos AS nanos_after,
   if(p.calls > 0, toNullable(p.last_at), NULL) AS last_spent_at,
   v.alerts AS violations,
@@ -133,6 +142,7 @@ SELECT
   if(s.was_lifted, s.next_by, '') AS lifted_by, if(s.was_lifted, s.next_reason, '') AS lift_reason
 FROM spans AS s
 LEFT JOIN stopped AS k ON k.command_id = s.command_id AND k.seq = s.seq
+LEFT JOIN proved AS o ON o.command_id = s.command_id AND o.seq = s.seq
 LEFT JOIN spent AS p ON p.command_id = s.command_id AND p.seq = s.seq
 LEFT JOIN violated AS v ON v.command_id = s.command_id AND v.seq = s.seq
 ORDER BY issued_at DESC, scope, budget, cap

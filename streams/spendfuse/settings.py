@@ -151,6 +151,10 @@ class GuardSettings(Settings):
         description="without a sign of life: bounded goes on within the grace and then halts, closed halts once BLIND, "
         "open obeys the last known for ever",
     )
+    guard_key: SecretStr = Field(
+        SecretStr(""),
+        description="kid=base64 of this guard's own Ed25519 private key, which signs its acks (secret; or ..._FILE)",
+    )
     grace_s: Annotated[float, Field(ge=0, le=86_400)] = Field(
         300.0, description="how long a BLIND guard lets its agent go on, with fail_mode bounded"
     )
@@ -219,6 +223,11 @@ class WorkerSettings(Settings):
         description="further keys whose commands are genuine, as guards have them: operators', and one being retired",
     )
     unsigned_commands: bool = Field(False, description="publish commands unsigned: development only")
+    guard_keys: str = Field(
+        "",
+        description="kid=base64[;scope=team:...] of each guard's public key: its acks are proved, others' only claimed "
+        "(or ..._FILE)",
+    )
     violation_grace_s: Annotated[float, Field(ge=0, le=86_400)] = Field(
         60.0, description="a call that ends later than this after a halt of its scope is a violation"
     )

@@ -18,15 +18,23 @@ from hypothesis import strategies as st
 
 from spendfuse.client.accept import Refused, accept
 from spendfuse.client.follow import Record
-from spendfuse.client.keys import BadSignature, Verifier
+from spendfuse.client.keys import BadSignature, Signer, Verifier
+from spendfuse.client.lease import Lease
 from spendfuse.client.obey import Obedience
+from spendfuse.client.silence import Silence
+from spendfuse.pipeline.proofs import GuardKeys
+from spendfuse.pipeline.records import SourceRecord
+from spendfuse.settings import GuardSettings
 from spendfuse.wire.base import to_us
+from spendfuse.wire.control import Ack
 from spendfuse.wire.signing import SIGNATURE_HEADER
 
 ROOT: Final = Path(__file__).parents[2]
 VECTORS: Final = ROOT / "schemas" / "vectors"
 SIGNATURES: Final = json.loads((VECTORS / "signatures.json").read_text())
 OBEDIENCE: Final = json.loads((VECTORS / "obedience.json").read_text())
+ACKS_SIGNED: Final = json.loads((VECTORS / "acks.json").read_text())
+SILENCE: Final = json.loads((VECTORS / "silence.json").read_text())
 REASONS: Final = {
     "unsigned": "unsigned",
     "malformed": "malformed",
@@ -107,6 +115,37 @@ def test_what_holds_depends_on_the_set_of_commands_not_on_their_order_or_number(
     assert answers(obedience, scenario["asks"]) == scenario["asks"]
 
 
+@pytest.mark.parametrize("vector", ACKS_SIGNED["vectors"], ids=lambda vector: vector["name"])
+def test_a_guard_signs_its_acks_as_the_vector_says(vector: dict[str, Any]) -> None:
+    key, value, header = (vector[name].encode() for name in ("key", "value", "header"))
+    signer = Signer.parse(vector["private_key"])
+    assert signer.sign(ACKS_SIGNED["topic"], key, value) == header
+    record = SourceRecord(ACKS_SIGNED["topic"], 0, 0, 0, key, value, headers=((SIGNATURE_HEADER, header),))
+    proof = GuardKeys.parse(vector["public_key"]).proof(record, Ack.model_validate_json(value))
+    assert proof is not None
+    assert (proof["kid"], proof["agent"]) == (signer.kid, json.loads(value)["agent"])
+
+
+@pytest.mark.parametrize("scenario", SILENCE["scenarios"], ids=lambda scenario: scenario["name"])
+def test_silence_is_borne_as_the_vector_says(scenario: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    now, tokens = 0.0, 0
+    monkeypatch.setattr("spendfuse.client.silence.monotonic", lambda: 1_000.0 + now)
+    names = ("stale_after_s", "blind_after_s", "grace_s", "grace_tokens")
+    given_settings = {name: SILENCE[name] for name in names} | {"fail_mode": scenario["fail_mode"]}
+    one = Silence("agent:a/b/c", "nowhere", GuardSettings.model_validate(given_settings))
+    for step in scenario["steps"]:
+        now = step["at_s"]
+        if step["do"] == "commands":
+            one.commands_read = True
+        elif step["do"] == "sign":
+            one.heard(0.0)
+        elif step["do"] == "used":
+            tokens += step["tokens"]
+        else:
+            halted, _ = one.judge(Lease([]), tokens, 0)
+            assert (str(one.state), halted is None) == (step["state"], step["go"]), step
+
+
 def test_the_node_guard_makes_the_same_of_them() -> None:
     node = shutil.which("node")
     if node is None:
@@ -117,5 +156,6 @@ def test_the_node_guard_makes_the_same_of_them() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     vectors = len(SIGNATURES["vectors"]) + len(OBEDIENCE["scenarios"])
+    vectors += len(ACKS_SIGNED["vectors"]) + len(SILENCE["scenarios"])
     passed = next(int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("# pass"))
     assert passed >= vectors

@@ -110,7 +110,7 @@ def kafka() -> Iterator[KraftBroker]:
     reason = kraft_missing()
     if reason is not None:
         pytest.skip(reason)
-    with KraftBroker() as broker:
+    with KraftBroker(quick_start=True) as broker:
         yield broker
 
 

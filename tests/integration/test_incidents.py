@@ -68,6 +68,14 @@ def spent(nth: int, seconds: float, dollars: int, **usage: Any) -> LedgerEntry:
     return entry.model_copy(update={"charge": entry.charge.model_copy(update={"cost_nanos": dollars * DOLLAR})})
 
 
+def proof(offset: int, kid: str) -> LedgerEntry:
+    """What a guard's enrolled key signed: the ack of the same origin."""
+    return LedgerEntry(
+        kind="proof", topic="spendfuse.acks.v1", partition=0, offset=offset, index=1, at=ISSUED,
+        data={"proves": "ack", "kid": kid},
+    )  # fmt: skip
+
+
 def violation(offset: int, scope: str, cap: str, seconds: float) -> LedgerEntry:
     at = ISSUED + timedelta(seconds=seconds)
     alert = Alert(
@@ -113,6 +121,7 @@ STORY = [
     ack_entry(TEAM, 2, "received", later(1_000.1)),
     ack_entry(TEAM, 3, "enforced", later(1_000.2), halt_lag_us=1_200_000),
     ack_entry(TEAM, 4, "received", later(1_000.1), agent="agent:acme/research/agent-2", guard="guard-2"),
+    proof(3, "guard-research"),
     violation(0, AGENT, "daily", 90),
     violation(1, "agent:acme/research/agent-2", "team", 1_500),
     violation(2, AGENT, "team", 1_600),
@@ -138,7 +147,7 @@ def test_each_halt_has_its_story(database: Database) -> None:
     }  # fmt: skip
     expected = {
         "calls_after": 2, "agents_after": 2, "nanos_after": {"USD": 96 * DOLLAR}, "violations": 2, "agents": 2,
-        "agents_stopped": 1, "guards": 2, "ended_by": "expiry", "ended_at": naive(later(2_000)),
+        "agents_stopped": 1, "agents_proved": 1, "guards": 2, "ended_by": "expiry", "ended_at": naive(later(2_000)),
     }  # fmt: skip
     assert {name: team.get(name) for name in expected} == expected
     assert {"calls_after", "agents", "ended_at", "ended_by", "unit", "crossed_at", "violations"} & set(manual) == set()
@@ -163,11 +172,18 @@ def test_each_agent_under_a_halt_has_its_row(database: Database) -> None:
         id=TEAM.id, scope=TEAM.scope, since=TEAM.issued_at, until=later(2_000), limit=100,
     )  # fmt: skip
     assert [
-        (row["agent"], row["enforced_at"] is not None, row["lag_us"], row["calls_after"], row["nanos_after"])
+        (
+            row["agent"],
+            row["enforced_at"] is not None,
+            row["lag_us"],
+            row["calls_after"],
+            row["nanos_after"],
+            row["proved_by"],
+        )
         for row in rows
     ] == [
-        (AGENT, True, 1_200_000, 1, {"USD": 64 * DOLLAR}),
-        ("agent:acme/research/agent-2", False, None, 1, {"USD": 32 * DOLLAR}),
+        (AGENT, True, 1_200_000, 1, {"USD": 64 * DOLLAR}, "guard-research"),
+        ("agent:acme/research/agent-2", False, None, 1, {"USD": 32 * DOLLAR}, ""),
     ]
 
 
@@ -204,11 +220,14 @@ def test_the_command_line_lists_halts_and_tells_one(shown: Shown) -> None:
         "halt ordered by spendfuse (weekend, cap daily)",
         "first guard received it 1 guards of 1 agents in all",
         "first agent stopped halt lag 60,050.0 ms",
-        "last agent stopped 1 agents, 60,050.0 ms",
+        "last agent stopped 1 agents (0 proved), 60,050.0 ms",
         "last call that ended after it USD 6.00 in 2 calls, by 1 agents",
         "ended by resume by ada: it was the backfill",
     ]
     assert "1 alerts say that its spending went on" in told
+    assert [" ".join(line.split()[:5]) for line in told.splitlines() if line.startswith("agent:") and "claimed" in line]
+    assert "proved by guard-research" in " ".join(shown(TEAM.id).split())
+    assert "1 of 2 (1 proved)" in " ".join(listed.split())
     assert "No guard ever answered" in shown(MANUAL.id)
 
 

@@ -350,7 +350,13 @@ async def bad_bytes_on_every_topic_are_said_and_the_worker_goes_on(deployed: Dep
     assert all(worker.alive for worker in deployed.running.values())
     log = "".join(worker.log for worker in deployed.running.values())
     assert '"refused"' in log
-    assert "Traceback" not in log
+    no_error_was_lost(log)
+
+
+def no_error_was_lost(log: str) -> None:
+    """No task of a worker ended with an error that nobody looked at, and none was merely logged."""
+    for sign in ("Traceback", "exception was never retrieved", "was never awaited"):
+        assert sign not in log, log[max(0, log.find(sign) - 2_000) : log.find(sign) + 4_000]
 
 
 async def no_record_batch_stops_a_worker_or_moves_its_offsets(deployed: Deployment, name: str) -> None:
@@ -393,13 +399,15 @@ async def no_record_batch_stops_a_worker_or_moves_its_offsets(deployed: Deployme
             assert charged == {"named": 1, "packed": 1, "victim": 5}
             halted = await asyncio.to_thread(guard.wait_halted, DEADLINE_S)
             assert isinstance(halted, Halted), "the guard reads on behind such a batch"
-            assert "Traceback" not in deployed.running[name].log
-            await asyncio.to_thread(deployed.running[name].stop)
+            former = deployed.running[name]
+            await asyncio.to_thread(former.stop)
+            no_error_was_lost(former.log)
             await asyncio.to_thread(deployed.only, name)
             await watch.emit(usage(space, "victim", 20, tokens=one), partition=0)
             await watch.until(lambda: len(watch.charges(space)) == 8, "a charge after a restart")
     finally:
         await asyncio.to_thread(guard.close)
+    no_error_was_lost(deployed.running[name].log)
 
 
 def a_worker_told_to_stop_leaves_in_order(deployed: Deployment, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import stat
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from spendfuse.cli.app import app
-from spendfuse.client.keys import BadSignature, Signer, Verifier
+from spendfuse.client.keys import BadSignature, Signer, Verifier, guard_signer_of
+from spendfuse.settings import GuardSettings
 from spendfuse.wire.base import to_us
 from spendfuse.wire.topics import COMMANDS
 
@@ -128,3 +130,23 @@ def test_the_doctor_says_whether_the_key_that_signs_is_believed(tmp_path: Path) 
     assert signing(f"{public};until=2099-01-01T00:00:00Z")[0] == "warning"
     assert signing(f"{public};until=2020-01-01T00:00:00Z") == ("failed", "one ended at 2020-01-01T00:00:00.000000Z")
     assert signing(public.replace("one=", "two="))[0] == "failed"
+
+
+def test_a_guards_own_key_is_enrolled_with_its_scope_and_its_secret_is_not_shown(tmp_path: Path) -> None:
+    made = json.loads(
+        run("new", "--out", str(tmp_path), "--for", "guard", "--kid", "g1", "--scope", "team:a/b", "--json")
+    )
+    secret = (tmp_path / "g1.key").read_text().strip()
+    assert stat.S_IMODE((tmp_path / "g1.key").stat().st_mode) == 0o600
+    assert made["public_keys"].endswith(";scope=team:a/b")
+    settings = GuardSettings.from_env({"SPENDFUSE_GUARD_KEY_FILE": str(tmp_path / "g1.key")})
+    signer = guard_signer_of(settings)
+    assert signer is not None
+    assert signer.public_bytes == base64.b64decode(made["public_keys"].partition("=")[2].partition(";")[0])
+    shown = run("new", "--out", str(tmp_path / "other"), "--for", "guard")
+    assert "SPENDFUSE_GUARD_KEYS=" in shown
+    for text in (json.dumps(made), repr(settings)):
+        assert secret.partition("=")[2] not in text
+    assert "bound to run:a/1" in " ".join(
+        run("new", "--out", "x", "--for", "guard", "--scope", "run:a/1", code=2).split()
+    )

@@ -19,7 +19,7 @@ from spendfuse.wire.base import from_us
 from spendfuse.wire.topics import COMMANDS, REMAINING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from spendfuse.wire import Usage
 
@@ -265,6 +265,64 @@ def test_a_decorated_function_is_a_call_each_time(bench: Callable[..., Bench]) -
     assert [ask("a")["prompt"], ask("b")["prompt"], asyncio.run(ask_later("c"))["prompt"]] == ["a", "b", "c"]
     assert (line.driver.spend(PLANNER).tokens, line.driver.spend(PLANNER).calls) == (120, 3)
     assert ask.__name__ == "ask"
+
+
+def streaming(guard: Guard, kind: str, chunks: list[Any], meanwhile: Callable[[int], None]) -> Callable[[], list[Any]]:
+    """A decorated generator, sync or async; returns what it yields, read to its end."""
+
+    @call(guard, 500)
+    def stream() -> Iterator[Any]:
+        for nth, chunk in enumerate(chunks):
+            meanwhile(nth)
+            yield chunk
+
+    @call(guard, 500)
+    async def stream_async() -> AsyncIterator[Any]:
+        for nth, chunk in enumerate(chunks):
+            await asyncio.to_thread(meanwhile, nth)  # the driver has a loop of its own
+            yield chunk
+
+    async def collected() -> list[Any]:
+        return [chunk async for chunk in stream_async()]
+
+    return (lambda: list(stream())) if kind == "sync" else lambda: asyncio.run(collected())
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_decorated_stream_is_held_to_its_end_and_charged_what_its_chunks_say(
+    bench: Callable[..., Bench], kind: str
+) -> None:
+    line = bench(budget())
+    chunks = [
+        {"type": "message_start", "usage": {"input_tokens": 30, "output_tokens": 1}},
+        {"type": "content_block_delta"},
+        {"type": "message_delta", "usage": {"input_tokens": 0, "output_tokens": 12}},
+        {"type": "message_stop"},
+    ]
+    seen: list[int] = []
+    read = streaming(line.guard(), kind, chunks, lambda _: seen.append(held(line)))
+    assert read() == chunks
+    assert seen == [500] * 4
+    assert (held(line), line.driver.spend(PLANNER).tokens) == (0, 42)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_decorated_stream_is_cut_when_its_scope_halts_and_never_free(bench: Callable[..., Bench], kind: str) -> None:
+    line = bench(budget())
+    written: list[int] = []
+
+    def meanwhile(nth: int) -> None:
+        written.append(nth)
+        if nth == 3:
+            line.driver.emit(line.driver.usage("acme/research/planner", output=600))
+            line.hear()
+
+    with pytest.raises(Halted):
+        streaming(line.guard(), kind, [{"text": "x"}] * 100, meanwhile)()
+    assert written == [0, 1, 2, 3], "the first chunk after the halt"
+    line.hear()
+    assert line.driver.spend(PLANNER).tokens == 600 + 500
+    assert held(line) == 0
 
 
 async def test_an_async_call_does_the_same(bench: Callable[..., Bench]) -> None:

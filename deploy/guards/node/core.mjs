@@ -1,6 +1,6 @@
 // What a guard knows and must do, without Kafka and without a clock: the same rules as spendfuse/client/{keys,accept,obey}.py.
 // `schemas/vectors/` of the repository holds this and the Python guard to the same verdicts.
-import { createPublicKey, verify } from "node:crypto";
+import { createPrivateKey, createPublicKey, sign, verify } from "node:crypto";
 
 export const TOPIC = "spendfuse.commands.v1";
 export const SIGNATURE_HEADER = "spendfuse-sig";
@@ -70,6 +70,78 @@ export class Verifier {
     const signed = Buffer.concat([Buffer.from(`spendfuse-sig-v1\n${topic}\n`), key, Buffer.from("\n"), value]);
     if (!verify(null, signed, known.key, Buffer.from(signature, "base64"))) throw new Refused("wrong", kid);
     return kid;
+  }
+}
+
+// A guard's own private key, `kid=base64`: what it signs is proved where the key is enrolled.
+export class Signer {
+  #key;
+
+  constructor(text) {
+    const equals = text.indexOf("=");
+    const [kid, raw] = [text.slice(0, equals), Buffer.from(text.slice(equals + 1), "base64")];
+    if (equals < 1 || !KID.test(kid) || raw.length !== 32) throw new Error("a private key is kid=<base64 of 32 bytes>");
+    this.kid = kid;
+    // RFC 8410: an Ed25519 private key in PKCS #8 is these bytes, then its 32.
+    const der = Buffer.concat([Buffer.from("302e020100300506032b657004220420", "hex"), raw]);
+    this.#key = createPrivateKey({ key: der, format: "der", type: "pkcs8" });
+  }
+
+  // The value of the header: `ed25519;kid=<id>;<base64>`.
+  sign(topic, key, value) {
+    if (key.includes("\n") || topic.includes("\n")) throw new Error("a topic or key with a newline cannot be signed");
+    const signature = sign(null, Buffer.from(`spendfuse-sig-v1\n${topic}\n${key}\n${value}`), this.#key);
+    return `ed25519;kid=${this.kid};${signature.toString("base64")}`;
+  }
+}
+
+export const FAIL_MODES = ["bounded", "closed", "open"];
+
+// What a guard does that hears nothing: whether it still knows enough, and for how long its agent may go on.
+// Times are seconds of one clock that never goes back.
+export class Silence {
+  commandsRead = false;
+  unread = false; // a command may have come that this guard cannot read
+  #settings;
+  #lastSign = -Infinity;
+  #graceFrom = null; // {at, tokens}
+
+  constructor(settings) {
+    if (!FAIL_MODES.includes(settings.failMode)) {
+      throw new Error(`SPENDFUSE_FAIL_MODE is ${settings.failMode}: set ${FAIL_MODES.join(", ")}`);
+    }
+    for (const name of ["staleAfterS", "blindAfterS", "graceS", "graceTokens"]) {
+      if (!(settings[name] >= 0)) throw new Error(`the guard's setting ${name} is ${settings[name]}: give a number of 0 or more`);
+    }
+    this.#settings = settings;
+  }
+
+  heard(at, now) {
+    this.#lastSign = Math.max(this.#lastSign, at);
+    if (this.state(now) === "live") this.#graceFrom = null;
+  }
+
+  state(now) {
+    if (!this.commandsRead) return "syncing";
+    if (this.unread) return "blind";
+    const silence = now - this.#lastSign;
+    return silence > this.#settings.blindAfterS ? "blind" : silence > this.#settings.staleAfterS ? "stale" : "live";
+  }
+
+  // Why the agent may not go on, or null; `tokens` are those it has used so far.
+  whyHalted(now, tokens) {
+    const { failMode, graceS, graceTokens } = this.#settings;
+    const state = this.state(now);
+    if (failMode === "open" || state === "stale") return null;
+    if (state === "live") {
+      this.#graceFrom = null; // what was used meanwhile is counted by the worker now
+      return null;
+    }
+    if (failMode === "closed") return `the guard is ${state}, and fail_mode is closed`;
+    this.#graceFrom ??= { at: now, tokens };
+    const [since, used] = [now - this.#graceFrom.at, tokens - this.#graceFrom.tokens];
+    if (since < graceS && used <= graceTokens) return null;
+    return `the guard is ${state}, and the grace of ${graceS} s and ${graceTokens} tokens is used up`;
   }
 }
 

@@ -4,8 +4,13 @@
 //   guard.check();                         // throws Halted; reads memory only
 //   const model = guard.model("gpt-5");    // another one while degraded
 import { randomUUID } from "node:crypto";
-import { Kafka, logLevel, Partitioners } from "kafkajs";
-import { accept, nowUs, Obedience, Refused, scopeOfKey, scopesOf, SIGNATURE_HEADER, TOPIC, Verifier, instantUs } from "./core.mjs";
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { install, NO_CODEC, UNREADABLE } from "./batches.mjs";
+import { accept, instantUs, nowUs, Obedience, Refused, scopeOfKey, scopesOf, SIGNATURE_HEADER, Signer, Silence, TOPIC, Verifier } from "./core.mjs";
+
+install();
+const { Kafka, logLevel, Partitioners } = createRequire(import.meta.url)("kafkajs"); // after that: see batches.mjs
 
 const HEARTBEATS = "spendfuse.heartbeats.v1";
 const ACKS = "spendfuse.acks.v1";
@@ -28,6 +33,14 @@ function setting(name, otherwise) {
   return value;
 }
 
+const seconds = () => performance.now() / 1_000;
+
+// A setting that may be given as a file, SPENDFUSE_..._FILE.
+function secret(name, otherwise) {
+  const file = process.env[`SPENDFUSE_${name}_FILE`];
+  return !process.env[`SPENDFUSE_${name}`] && file ? readFileSync(file, "utf8").trim() : setting(name, otherwise);
+}
+
 // The last of a header's values, as bytes.
 function lastOf(header) {
   const last = Array.isArray(header) ? header.at(-1) : header;
@@ -41,9 +54,16 @@ export class Guard {
   #scopes;
   #obedience;
   #verifier;
-  #staleAfterMs = 1_000 * Number(setting("STALE_AFTER_S", "15"));
-  #blindAfterMs = 1_000 * Number(setting("BLIND_AFTER_S", "120"));
-  #failMode = setting("FAIL_MODE", "open");
+  #signer;
+  #silence = new Silence({
+    failMode: setting("FAIL_MODE", "bounded"),
+    staleAfterS: Number(setting("STALE_AFTER_S", "15")),
+    blindAfterS: Number(setting("BLIND_AFTER_S", "120")),
+    graceS: Number(setting("GRACE_S", "300")),
+    graceTokens: Number(setting("GRACE_TOKENS", "50000")),
+  });
+  #syncTimeoutMs = 1_000 * Number(setting("SYNC_TIMEOUT_S", "2"));
+  #tokens = 0;
   #kafka;
   #consumer;
   #producer;
@@ -51,20 +71,21 @@ export class Guard {
   #acked = new Map(); // key -> {seq, live, enforced} of the halt that was acknowledged last
   #waiting = [];
   #sending = null;
-  #synced = false;
   #high = new Map();
   #read = new Map();
-  #lastSign = -Infinity;
   #beats = new Map(); // emitter -> when its last heartbeat was said
   #listeners = new Set();
 
+  // Returns when all commands are read, or after SPENDFUSE_SYNC_TIMEOUT_S: then the guard is syncing, and goes on trying.
   static async start(options = {}) {
     const guard = new Guard(options);
-    await guard.#follow();
+    const followed = guard.#follow();
+    const late = new Promise((done) => setTimeout(done, guard.#syncTimeoutMs).unref());
+    await Promise.race([followed, late]);
     return guard;
   }
 
-  constructor({ workspace, team, agent, run, rootRun, publicKeys, kafka } = {}) {
+  constructor({ workspace, team, agent, run, rootRun, publicKeys, guardKey, kafka } = {}) {
     this.#identity = {
       workspace: workspace ?? setting("WORKSPACE"),
       team: team ?? setting("TEAM"),
@@ -74,7 +95,9 @@ export class Guard {
     this.#identity.rootRun = rootRun ?? setting("ROOT_RUN", this.#identity.run);
     this.#scopes = scopesOf(this.#identity);
     this.#obedience = new Obedience(this.#scopes);
-    this.#verifier = new Verifier(publicKeys ?? setting("PUBLIC_KEYS"));
+    this.#verifier = new Verifier(publicKeys ?? secret("PUBLIC_KEYS"));
+    const ownKey = guardKey ?? secret("GUARD_KEY", "");
+    this.#signer = ownKey ? new Signer(ownKey) : null; // else its acks are only claimed
     this.#kafka =
       kafka ??
       new Kafka({
@@ -86,9 +109,13 @@ export class Guard {
 
   // syncing: not all read yet; live; stale, blind: no worker's sign of life for a while
   get state() {
-    if (!this.#synced) return "syncing";
-    const silence = performance.now() - this.#lastSign;
-    return silence > this.#blindAfterMs ? "blind" : silence > this.#staleAfterMs ? "stale" : "live";
+    return this.#silence.state(seconds());
+  }
+
+  // Count what the agent used: while no worker is heard of, its grace is also so many tokens.
+  used(tokens) {
+    if (!(tokens >= 0)) throw new Error(`used ${tokens}: give a number of tokens, 0 or more`);
+    this.#tokens += tokens;
   }
 
   // Return if the agent may go on, else throw Halted, and acknowledge each halt as enforced, once.
@@ -100,10 +127,8 @@ export class Guard {
       const what = command.message || `${command.scope} is halted by budget ${command.budget}, cap ${command.cap}`;
       throw new Halted(`${this.#scopes[0]} is halted: ${what} [by ${command.by ?? "spendfuse"}, seq ${command.seq}]`, command);
     }
-    const state = this.state;
-    if (this.#failMode === "closed" && (state === "syncing" || state === "blind")) {
-      throw new Halted(`${this.#scopes[0]} must stop: the guard is ${state}, and fail_mode is closed`);
-    }
+    const why = this.#silence.whyHalted(seconds(), this.#tokens);
+    if (why !== null) throw new Halted(`${this.#scopes[0]} must stop: ${why}`);
   }
 
   model(name) {
@@ -173,18 +198,27 @@ export class Guard {
 
   #take(batch) {
     for (const message of batch.messages) {
-      if (batch.topic === TOPIC) this.#command(message);
+      const why = lastOf(message.headers?.[UNREADABLE]);
+      if (message.key === null && message.value === null && why) this.#unreadable(batch.topic, message.offset, why.toString());
+      else if (batch.topic === TOPIC) this.#command(message);
       else this.#heartbeat(message);
     }
     this.#read.set(batch.topic, BigInt(batch.lastOffset()) + 1n);
     this.#settle();
   }
 
+  #unreadable(topic, offset, why) {
+    this.#count("unreadable");
+    console.error(`spendfuse guard cannot read the record batch that ends at offset ${offset} of ${topic}: ${why}`);
+    // No guard can read what is broken. What others can read may be a halt: this one knows too little to be live.
+    if (topic === TOPIC && why.startsWith(NO_CODEC)) this.#silence.unread = true;
+  }
+
   #settle() {
-    if (this.#synced) return;
+    if (this.#silence.commandsRead) return;
     const behind = [...this.#high].some(([topic, high]) => (this.#read.get(topic) ?? 0n) < high);
     if (behind) return;
-    this.#synced = true;
+    this.#silence.commandsRead = true;
     // Of the past, only what still holds is acknowledged.
     for (const command of this.#obedience.strictest(nowUs()).halts) this.#received(command, false);
     this.#onSynced();
@@ -206,7 +240,7 @@ export class Guard {
     const worth = this.#obedience.apply(command);
     if (command.expiresUs <= nowUs()) this.#count("expired");
     else if (worth === "old" || worth === "full") this.#count(worth);
-    else if (command.action === "halt" && this.#synced) {
+    else if (command.action === "halt" && this.#silence.commandsRead) {
       this.#received(command, true);
       for (const listener of this.#listeners) listener(new Halted(command.message || `${command.scope} is halted`, command));
     }
@@ -225,8 +259,8 @@ export class Guard {
       this.#beats.delete(beat.emitter);
       this.#beats.set(beat.emitter, ts);
       if (!beat.ready || beat.stale) return;
-      const age = this.#synced ? 0 : Math.max(0, Date.now() - Number(message.timestamp));
-      this.#lastSign = Math.max(this.#lastSign, performance.now() - age);
+      const ageS = this.#silence.commandsRead ? 0 : Math.max(0, Date.now() - Number(message.timestamp)) / 1_000;
+      this.#silence.heard(seconds() - ageS, seconds());
     } catch {
       this.#count("heartbeat");
     }
@@ -265,7 +299,9 @@ export class Guard {
       // A halt that was there before the guard says nothing about how fast halts arrive.
       ...(live && command.cause ? { halt_lag_us: us - instantUs(command.cause.ts) } : {}),
     };
-    this.#waiting.push({ key: command.scope, value: JSON.stringify(ack) });
+    const [key, value] = [command.scope, JSON.stringify(ack)];
+    const headers = this.#signer ? { [SIGNATURE_HEADER]: this.#signer.sign(ACKS, key, value) } : {};
+    this.#waiting.push({ key, value, headers });
     if (this.#waiting.length > ACKS_MAX) this.#waiting.shift();
     this.#flush();
   }

@@ -136,7 +136,7 @@ def _list(rows: "Sequence[dict[str, Any]]", since: str) -> None:
                 row["scope"],
                 f"{row['budget']}, {row['cap']}",
                 _of_cap(row),
-                (f"{row['agents_stopped']} of {row['agents']}", "" if row["agents"] else "yellow"),
+                (_stopped(row), "" if row["agents"] else "yellow"),
                 _lag(row["last_lag_us"]),
                 (_after(row), "bold red" if row["violations"] else ""),
                 _end(row),
@@ -160,12 +160,13 @@ def _tell(row: dict[str, Any], agents: "Sequence[dict[str, Any]]") -> None:
     if agents:
         console.line("")
         console.table(
-            ["agent", "received", "stopped", "halt lag", "spent after", "last call"],
+            ["agent", "received", "stopped", "by", "halt lag", "spent after", "last call"],
             [
                 [
                     each["agent"],
                     _clock(each["received_at"]),
                     _clock(each["enforced_at"]),
+                    _word(each),
                     _lag(each["lag_us"]),
                     _after(each),
                     _clock(each["last_spent_at"]),
@@ -179,12 +180,13 @@ def _tell(row: dict[str, Any], agents: "Sequence[dict[str, Any]]") -> None:
 def _story(row: dict[str, Any]) -> list[tuple[datetime, str, str]]:
     """Return what happened, in order: when, what, and how."""
     reason = f": {row['reason']}" if row["reason"] else ""
+    stopped = f"{row['agents_stopped']} agents ({row['agents_proved']} proved), {_lag(row['last_lag_us'])}"
     told: list[tuple[datetime | None, str, str]] = [
         (row["crossed_at"], "cap crossed", f"usage {row['cause_usage_id']}; {_of_cap(row)}"),
         (row["issued_at"], "halt ordered", f"by {row['issued_by']} ({row['budget']}, cap {row['cap']}){reason}"),
         (row["received_at"], "first guard received it", f"{row['guards']} guards of {row['agents']} agents in all"),
         (row["enforced_at"], "first agent stopped", f"halt lag {_lag(row['first_lag_us'])}"),
-        (row["all_enforced_at"], "last agent stopped", f"{row['agents_stopped']} agents, {_lag(row['last_lag_us'])}"),
+        (row["all_enforced_at"], "last agent stopped", stopped),
         (row["last_spent_at"], "last call that ended after it", f"{_after(row)}, by {row['agents_after']} agents"),
         (row["ended_at"], f"ended by {row['ended_by']}", _lifted(row)),
     ]
@@ -217,6 +219,20 @@ def _end(row: dict[str, Any]) -> str:
         return "holds"
     by = f" by {row['lifted_by']}" if row["lifted_by"] else ""
     return f"{row['ended_by']}{by} {row['ended_at']:%m-%d %H:%M:%S}"
+
+
+def _stopped(row: dict[str, Any]) -> str:
+    """Return how many agents said that they stopped, and of how many that is proved."""
+    if not row["agents_stopped"]:
+        return f"0 of {row['agents']}"
+    return f"{row['agents_stopped']} of {row['agents']} ({row['agents_proved']} proved)"
+
+
+def _word(agent: dict[str, Any]) -> str:
+    """Return whose word it is that an agent stopped: a key's, or anybody's."""
+    if agent["enforced_at"] is None:
+        return ""
+    return f"proved by {agent['proved_by']}" if agent["proved_by"] else "claimed"
 
 
 def _lag(us: int | None) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -19,6 +20,15 @@ keys = typer.Typer(
         "spendfuse keys new --out keys", "spendfuse keys list --dir keys", "spendfuse keys rotate --dir keys"
     ),
 )
+
+
+class Owner(StrEnum):
+    """Who signs with a key."""
+
+    WORKER = "worker"
+    GUARD = "guard"
+
+
 SIGNING_FILE: Final = "signing.key"
 NEXT_FILE: Final = "signing.next.key"
 PUBLIC_FILE: Final = "public.key"
@@ -32,7 +42,13 @@ Kid = Annotated[str | None, typer.Option(help="Id of the key; made of the date b
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    command(keys, new, "spendfuse keys new --out keys", "spendfuse keys new --out keys --kid 2026-11")
+    command(
+        keys,
+        new,
+        "spendfuse keys new --out keys",
+        "spendfuse keys new --out keys --kid 2026-11",
+        "spendfuse keys new --out keys --for guard --scope team:acme/research",
+    )
     command(keys, list_, "spendfuse keys list --dir keys", "spendfuse keys list --json", name="list")
     command(
         keys,
@@ -47,18 +63,32 @@ def register(app: typer.Typer) -> None:
 def new(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the two files, each readable by you alone.")],
     kid: Kid = None,
+    owner: Annotated[
+        Owner, typer.Option("--for", help="Who signs: a worker its commands, or a guard its acks.")
+    ] = Owner.WORKER,
+    scope: Annotated[
+        str | None,
+        typer.Option(metavar="SCOPE", help="With --for guard: whose agents it speaks for; all of them by default."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a pair of Ed25519 keys: the worker's secret, and what guards check with.
+    """Make a pair of Ed25519 keys: the worker's secret, and what guards check with; or a guard's own.
 
     The private key is written to a file (0600) and never shown. Files that exist are never overwritten.
     """
     from spendfuse.cli import console
     from spendfuse.cli.faults import EXIT_SETTINGS, CliError
 
+    if owner is Owner.GUARD and kid is None:
+        kid = _guard_kid()
     name, private, public = _pair(kid, taken=())
+    names = (SIGNING_FILE, PUBLIC_FILE)
+    if owner is Owner.GUARD:
+        public, names = _enrolled(public, scope), (f"{name}.key", f"{name}.public.key")
+    elif scope is not None:
+        raise CliError("--scope binds a guard's key: give --for guard too, or leave it out", EXIT_SETTINGS)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    signing_file, public_file = out / SIGNING_FILE, out / PUBLIC_FILE
+    signing_file, public_file = out / names[0], out / names[1]
     for path in (signing_file, public_file):
         if path.exists():
             raise CliError(
@@ -75,6 +105,13 @@ def new(
                 "public_keys": public,
             }
         )
+        return
+    if owner is Owner.GUARD:
+        console.line(f"{signing_file}  this guard's secret: its acks are signed with it")
+        console.line(f"{public_file}  for every worker: what it signs is proved, other acks are only claimed")
+        console.line("")
+        console.line(f"export SPENDFUSE_GUARD_KEY_FILE={signing_file}     (beside the agent)")
+        console.line(f"export SPENDFUSE_GUARD_KEYS={public}     (workers: add it to those that are there)")
         return
     console.line(f"{signing_file}  the worker's secret, and an operator's: never give it to an agent")
     console.line(f"{public_file}  for every guard")
@@ -152,6 +189,26 @@ def rotate(
         return
     for line in lines:
         console.line(line)
+
+
+def _guard_kid() -> str:
+    """Return an id that no other guard has: keys of many guards meet in one setting."""
+    import secrets
+
+    return f"guard-{secrets.token_hex(4)}"
+
+
+def _enrolled(public: str, scope: str | None) -> str:
+    """Return a guard's public key as workers take it; raises CliError for a scope that no guard speaks for."""
+    from spendfuse.cli.faults import usage_error
+    from spendfuse.pipeline.proofs import GuardKeys
+
+    text = public if scope is None else f"{public};scope={scope}"
+    try:
+        GuardKeys.parse(text)
+    except ValueError as error:
+        raise usage_error(f"--scope: {error}") from error
+    return text
 
 
 def _begin(directory: Path, kid: str | None) -> list[str]:

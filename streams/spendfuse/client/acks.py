@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from spendfuse.client.identity import Identity
+from spendfuse.client.keys import Signer
 from spendfuse.client.outbox import Message, Outbox
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.base import encode, from_us, to_us
 from spendfuse.wire.cloudevents import headers
 from spendfuse.wire.control import Ack, Command
+from spendfuse.wire.signing import SIGNATURE_HEADER
 from spendfuse.wire.topics import ACKS
 
 ACKS_MAX: Final = 1_000
@@ -26,9 +28,13 @@ class _Obeyed:
 
 
 class Acks:
-    """The acknowledgements of one guard. Its lock protects `received` and `enforced`; neither waits for the broker."""
+    """The acknowledgements of one guard. Its lock protects `received` and `enforced`; neither waits for the broker.
 
-    def __init__(self, identity: Identity, guard_id: str, broker: BrokerSettings) -> None:
+    With a key of the guard's own (`signer`) they are signed: who enrolled it knows that this guard said so.
+    """
+
+    def __init__(self, identity: Identity, guard_id: str, broker: BrokerSettings, signer: Signer | None) -> None:
+        self._signer = signer
         self._identity = identity
         self._guard_id = guard_id
         self._obeyed: dict[str, _Obeyed] = {}
@@ -92,12 +98,11 @@ class Acks:
         )
 
     def _pack(self, acks: list[Ack]) -> list[Message[Ack]]:
-        return [
-            Message(
-                ack.scope.encode(),
-                encode(ack),
-                headers("ack.v1", f"/guards/{ack.guard}", f"{ack.command_id}:{ack.guard}:{ack.state}", ack.at),
-                (ack,),
-            )
-            for ack in acks
-        ]
+        messages = []
+        for ack in acks:
+            key, value = ack.scope.encode(), encode(ack)
+            told = headers("ack.v1", f"/guards/{ack.guard}", f"{ack.command_id}:{ack.guard}:{ack.state}", ack.at)
+            if self._signer is not None:
+                told.append((SIGNATURE_HEADER, self._signer.sign(ACKS.name, key, value)))
+            messages.append(Message(key, value, told, (ack,)))
+        return messages

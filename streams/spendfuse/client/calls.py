@@ -10,7 +10,8 @@
         call.settle(chunk)                                       # the last event with usage
 
     @guard.call(Tokens(input=2_000, output=500), provider="openai", model="gpt-5")
-    def ask(prompt): return client.responses.create(...)         # settled from what it returns; async def as well
+    def ask(prompt): return client.responses.create(...)         # settled from what it returns; async def as well,
+                                                                 # and generators: checked at each chunk they yield
 
 What becomes of the hold, all under one call id:
 - settled: the charge of what was used replaces it;
@@ -21,11 +22,12 @@ What becomes of the hold, all under one call id:
 """
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -87,6 +89,7 @@ class Call:
         self._said_at = float("-inf")
         self._known_at: float | None = None
         self._state = "new"
+        self.said: Extracted | None = None
 
     @property
     def max_output_tokens(self) -> int:
@@ -190,6 +193,10 @@ class Call:
 
     def __call__(self, function: _Function) -> _Function:
         """Return the function under the guard: each call of it is announced, and settled from what it returns."""
+        if inspect.isasyncgenfunction(function):
+            return self._guarded_stream_async(function)  # type: ignore[no-any-return]  # the same signature
+        if inspect.isgeneratorfunction(function):
+            return self._guarded_stream(function)  # type: ignore[no-any-return]  # the same
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
@@ -209,6 +216,43 @@ class Call:
                 return response
 
         return guarded  # type: ignore[return-value]  # the same
+
+    def _guarded_stream(self, function: Any) -> Any:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            with self._another() as call, contextlib.closing(function(*args, **kwargs)) as chunks:
+                for chunk in chunks:
+                    call.pass_on(chunk)
+                    yield chunk
+                call.settle_if_said(call.said)
+
+        return guarded
+
+    def _guarded_stream_async(self, function: Any) -> Any:
+        @functools.wraps(function)
+        async def guarded(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            async with self._another() as call, contextlib.aclosing(function(*args, **kwargs)) as chunks:
+                async for chunk in chunks:
+                    call.pass_on(chunk)
+                    yield chunk
+                call.settle_if_said(call.said)
+
+        return guarded
+
+    def pass_on(self, chunk: Any) -> None:
+        """Take note of a chunk of a stream, or raise Halted: the stream is cut, and charged its bound.
+
+        What a chunk says of its usage is kept in `said`: of each counter the most that any chunk said, since providers
+        report cumulative values, and not all of them in the last one.
+        """
+        self._so_far = self._so_far or self.bound  # the provider is answering, whatever can be read of it
+        try:
+            found = (self._extract or _extract_of(self._provider))(chunk)
+        except ValueError:
+            found = None
+        if found is not None:
+            self.said = found if self.said is None else found._replace(tokens=_most(self.said.tokens, found.tokens))
+        self._guard.check()
 
     def settle_if_said(self, response: Any) -> None:
         """Settle from a response; one that does not say what it used is charged the bound, with a warning."""
@@ -286,6 +330,10 @@ class Call:
     def _must_be(self, state: str, what: str) -> None:
         if self._state != state:
             raise RuntimeError(f"cannot {what}: call {self.id} is {self._state}, not {state}")
+
+
+def _most(a: Tokens, b: Tokens) -> Tokens:
+    return Tokens(**{name: max(getattr(a, name), getattr(b, name)) for name in Tokens.model_fields})
 
 
 def _extract_of(provider: str) -> Extract:

@@ -31,7 +31,7 @@ from spendfuse.client.environment import check_names, own
 from spendfuse.client.follow import Follower, Record
 from spendfuse.client.halted import Halted
 from spendfuse.client.identity import Identity
-from spendfuse.client.keys import verifier_of
+from spendfuse.client.keys import guard_signer_of, verifier_of
 from spendfuse.client.lease import NONE
 from spendfuse.client.memory import Memory
 from spendfuse.client.meter import Meter
@@ -99,7 +99,7 @@ class Guard:
         kept_for = [self.identity.agent_scope, identity.root_run or identity.run]
         self._memory = Memory(self._settings.guard_dir, self._broker.bootstrap_servers, kept_for)
         self._closed = False
-        self._acks = Acks(self.identity, self.id, self._broker)
+        self._acks = Acks(self.identity, self.id, self._broker, guard_signer_of(self._settings))
         self._bounds = Bounds(price_book)
         self._start_anew()
         BACKGROUND.enter(self)

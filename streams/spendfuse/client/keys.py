@@ -226,3 +226,14 @@ def verifier_of(settings: GuardSettings) -> Verifier | None:
         )
     _log.warning("spendfuse guard obeys unsigned commands: anybody who can write to %s commands it", COMMANDS.name)
     return None
+
+
+def guard_signer_of(settings: GuardSettings) -> Signer | None:
+    """Return what signs a guard's own acks, None where they go unsigned; raises SettingsError, without the key."""
+    key = settings.guard_key.get_secret_value()
+    if not key:
+        return None
+    try:
+        return Signer.parse(key)
+    except ValueError as error:
+        raise SettingsError(f"settings cannot be used:\n  SPENDFUSE_GUARD_KEY: {error}") from error

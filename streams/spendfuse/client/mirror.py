@@ -15,17 +15,16 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
-from pydantic import ValidationError
-
-from spendfuse.client.accept import Refused, accept
+from spendfuse.client.accept import Refused, accept, accept_heartbeat
 from spendfuse.client.clock import Clock, ScaledClock, TrustedTime, wall_clock
 from spendfuse.client.follow import Follower, Record
 from spendfuse.client.keys import Verifier
 from spendfuse.client.memory import write_private
 from spendfuse.client.obey import Obedience
+from spendfuse.client.signs import Signs
 from spendfuse.settings import BrokerSettings, GuardSettings
 from spendfuse.wire.base import to_us
-from spendfuse.wire.control import Command, Heartbeat
+from spendfuse.wire.control import Command
 from spendfuse.wire.topics import COMMANDS, HEARTBEATS
 
 WRITE_INTERVAL_S: Final = 1.0
@@ -58,6 +57,7 @@ class Mirror:
         self._clock = clock
         self._time = TrustedTime(clock)
         self._obedience = Obedience(None)
+        self._signs = Signs()
         self._started_at = self._last_sign = monotonic()
         self._heartbeats_read = False
         self._unwritten_said_at = float("-inf")
@@ -164,9 +164,13 @@ class Mirror:
 
     def _on_heartbeat(self, record: Record) -> None:
         try:
-            beat = Heartbeat.model_validate_json(record.value or b"")
-        except ValidationError:
+            beat = accept_heartbeat(record, self._verifier, unsigned=self._settings.unsigned_commands)
+        except Refused as refusal:
+            if refusal.reason != "tombstone":
+                _log.warning("spendfuse mirror refused the heartbeat at offset %d: %s", record.offset, refusal)
             return
+        if not self._signs.is_news(beat):
+            return  # recorded, and written again: no sign of life
         if beat.ready and not beat.stale and self._heartbeats_read:
             self._last_sign = monotonic()
             self._time.hear(to_us(beat.ts))

@@ -21,6 +21,7 @@ from spendfuse.pipeline.genuine import signer_of, verifier_of
 from spendfuse.pipeline.lag import Reading
 from spendfuse.pipeline.meter import MeterStage, MeterTables
 from spendfuse.pipeline.outbox import KafkaOutbox
+from spendfuse.pipeline.proofs import GuardKeys
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import SourceRecord
 from spendfuse.pipeline.refusal import Ends, KafkaEnds, ending
@@ -71,7 +72,7 @@ def create_app(
     feed = PolicyFeed(price_book_of(settings))
     signer = signer_of(settings)
     publisher = Publisher(outbox, signer, settings.partitions)
-    register = Register(verifier_of(signer, settings))
+    register = Register(verifier_of(signer, settings), GuardKeys.of(settings))
     emitter = f"{settings.app_id}/{socket.gethostname()[:48]}/{os.getpid()}"
     services = Services(
         broker=broker,

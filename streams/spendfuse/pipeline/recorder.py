@@ -58,8 +58,11 @@ async def record(
         if nth % SLICE == 0:
             await asyncio.sleep(0)  # a flood of signatures to check must not hold back a halt
         entry, fault = ledger_entry(each, now_us, register)
+        entry, proof, fault = _with_proof(each, entry, fault, register)
         if entry is not None:
             entries.append(entry)
+            if proof is not None:
+                entries.append(proof)
         else:
             refused.append((each, fault or "unreadable"))
             deliveries.append(await publisher.dead_letter(*refused[-1]))
@@ -94,6 +97,22 @@ def ledger_entry(record: SourceRecord, now_us: int, register: Register) -> tuple
     return LedgerEntry(
         topic=record.topic, partition=record.partition, offset=record.offset, at=from_us(at_us), **fields
     ), None
+
+
+def _with_proof(
+    record: SourceRecord, entry: LedgerEntry | None, fault: str | None, register: Register
+) -> tuple[LedgerEntry | None, LedgerEntry | None, str | None]:
+    """Return an entry, what proves it where it is a signed ack, and the fault of one that pretends to be proved."""
+    if entry is None or entry.ack is None:
+        return entry, None, fault
+    try:
+        data = register.guards.proof(record, entry.ack)
+    except ValueError as error:
+        return None, None, str(error)
+    if data is None:
+        return entry, None, None
+    values = {"kind": "proof", "ack": None, "data": data, "index": entry.index + 1}
+    return entry, entry.model_copy(update=values), None
 
 
 def forgery_alerts(

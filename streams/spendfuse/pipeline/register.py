@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from spendfuse.client.accept import Refused, accept
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import Verifier, signed_by
+from spendfuse.pipeline.proofs import GuardKeys
 from spendfuse.pipeline.records import Headers, SourceRecord
 from spendfuse.pipeline.violations import Halts
 from spendfuse.wire.base import to_us
@@ -38,8 +39,10 @@ class Kept(NamedTuple):
 class Register:
     """Genuine commands by key; `verifier` is None only where commands go unsigned (development)."""
 
-    def __init__(self, verifier: Verifier | None, kept_max: int = KEPT_MAX) -> None:
+    def __init__(self, verifier: Verifier | None, guards: GuardKeys | None = None, kept_max: int = KEPT_MAX) -> None:
+        """`guards`: the keys that prove acks."""
         self.halts = Halts(kept_max)
+        self.guards = guards or GuardKeys({}, {})
         self.verifier = verifier
         self._kept_max = kept_max
         self._kept: dict[bytes, Kept] = {}

@@ -27,6 +27,7 @@ from spendfuse.pipeline.codec import decode_scope, decode_shared
 from spendfuse.pipeline.feed import PolicyFeed, budget_key
 from spendfuse.pipeline.intake import Limits, rounds
 from spendfuse.pipeline.meter import MeterStage, MeterTables
+from spendfuse.pipeline.proofs import GuardKeys
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Headers, SourceRecord
 from spendfuse.pipeline.refusal import Ends
@@ -112,9 +113,10 @@ class PipelineDriver:
 
     `start` is the clock's first instant (a datetime, or microseconds since the epoch); it moves only by `advance` and
     `at`. `price_book` is the one that ships unless given; `signing_key` (`kid=base64`, see `client.keys`) signs the
-    commands, which go unsigned without one; `public_keys` are further keys whose commands are genuine. With
-    `autoflush=False` what a worker keeps in memory between two flushes (100 ms) stays there until `flush`, so that
-    `crash` has something to lose. A scope is forgotten after `state_idle_days`, as a worker's setting has it.
+    commands, which go unsigned without one; `public_keys` are further keys whose commands are genuine, `guard_keys`
+    those that prove acks. With `autoflush=False` what a worker keeps in memory between two flushes (100 ms) stays there
+    until `flush`, so that `crash` has something to lose. A scope is forgotten after
+    `state_idle_days`, as a worker's setting has it.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class PipelineDriver:
         price_book: PriceBookFile | None = None,
         signing_key: str | None = None,
         public_keys: str = "",
+        guard_keys: str = "",
         autoflush: bool = True,
         state_idle_days: int = STATE_IDLE_DAYS,
     ) -> None:
@@ -140,6 +143,7 @@ class PipelineDriver:
         self._price_book = price_book or _shipped_book()
         self._signer = Signer.parse(signing_key) if signing_key else None
         self._public_keys = parse_public_keys(public_keys) if public_keys else {}
+        self._guard_keys = GuardKeys.parse(guard_keys)
         self._violation_grace_us = int(settings.violation_grace_s * SECOND_US)
         self._topics = MemoryTopics(self.partitions)
         self._power = Power()
@@ -378,7 +382,7 @@ class PipelineDriver:
         self._feed = PolicyFeed(self._price_book, on_change=self._on_change)
         self._feed_reader = MemoryReader(self._topics, [BUDGETS.name, PRICES.name])
         self._command_reader = MemoryReader(self._topics, [COMMANDS.name])
-        self._register = Register(self._verifier())
+        self._register = Register(self._verifier(), self._guard_keys)
         outbox = MemoryOutbox(self._topics, self._power, lambda: self.now_us // US_PER_MS)
         self._publisher = Publisher(outbox, self._signer, self.partitions)
         self._tables()

@@ -31,7 +31,8 @@ class LedgerEntry(WireModel):
     """One fact of the audit trail, with the record of a topic it came from.
 
     `charge` and `duplicate` carry `usage` and `charge`; `command`, `ack` and `alert` their message;
-    `decision` a command that was decided and not sent (shadow); `budget`, `price` and `rejected` plain data.
+    `decision` a command that was decided and not sent (shadow); `budget`, `price` and `rejected` plain data;
+    `proof` what a guard signed, beside the ack of the same origin that it proves.
     """
 
     kind: Literal[
@@ -44,6 +45,7 @@ class LedgerEntry(WireModel):
         "budget",
         "price",
         "rejected",
+        "proof",
         "operator",
     ] = Field(description="what happened")
     topic: Annotated[str, Field(max_length=249)] = Field(description="topic of the record it came from")

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import { accept, instantUs, Obedience, Refused, Verifier } from "../core.mjs";
+import { accept, instantUs, Obedience, Refused, Signer, Silence, Verifier } from "../core.mjs";
 
 const VECTORS = process.env.SPENDFUSE_VECTORS ?? new URL("../../../../schemas/vectors/", import.meta.url).pathname;
 const read = (name) => JSON.parse(readFileSync(`${VECTORS}/${name}.json`, "utf8"));
@@ -49,6 +49,45 @@ for (const scenario of obedience.scenarios) {
     assert.deepEqual(refused, scenario.refused);
   });
 }
+
+const acks = read("acks");
+for (const vector of acks.vectors) {
+  test(`ack: ${vector.name}`, () => {
+    const header = new Signer(vector.private_key).sign(acks.topic, vector.key, vector.value);
+    assert.equal(header, vector.header);
+    new Verifier(vector.public_key).verify(acks.topic, bytes(vector.key), bytes(vector.value), bytes(header));
+  });
+}
+
+const silence = read("silence");
+for (const scenario of silence.scenarios) {
+  test(`silence: ${scenario.name}`, () => {
+    const one = new Silence({
+      failMode: scenario.fail_mode,
+      staleAfterS: silence.stale_after_s,
+      blindAfterS: silence.blind_after_s,
+      graceS: silence.grace_s,
+      graceTokens: silence.grace_tokens,
+    });
+    let tokens = 0;
+    for (const step of scenario.steps) {
+      if (step.do === "commands") one.commandsRead = true;
+      else if (step.do === "sign") one.heard(step.at_s, step.at_s);
+      else if (step.do === "used") tokens += step.tokens;
+      else {
+        const go = one.whyHalted(step.at_s, tokens) === null;
+        assert.deepEqual({ state: one.state(step.at_s), go }, { state: step.state, go: step.go }, JSON.stringify(step));
+      }
+    }
+  });
+}
+
+test("settings that are none are refused", () => {
+  const right = { failMode: "bounded", staleAfterS: 1, blindAfterS: 2, graceS: 3, graceTokens: 4 };
+  assert.throws(() => new Silence({ ...right, failMode: "opne" }), /SPENDFUSE_FAIL_MODE/);
+  assert.throws(() => new Silence({ ...right, graceS: NaN }), /graceS/);
+  for (const text of ["", "k=AAAA", "=AAAA", "k"]) assert.throws(() => new Signer(text));
+});
 
 test("a clock that is set back revives no key", () => {
   const key = signatures.vectors.find((vector) => vector.verdict === "key retired");
