@@ -302,8 +302,8 @@ async def asked(engine: Engine, times: int) -> dict[str, dict[str, float]]:
         await endpoint.stop()
 
 
-def run(directory: Path, rows: int, count: int, times: int) -> dict[str, Any]:
-    """Return every figure of one database; one that is kept and full is asked as it is."""
+def run(directory: Path, rows: int, count: int, times: int, *, ask: bool = True) -> dict[str, Any]:
+    """Return every figure of one database; one that is kept and full is asked as it is, or not at all."""
     engine = Engine(directory, "spendfuse")
     database = open_embedded(engine)
     try:
@@ -320,9 +320,10 @@ def run(directory: Path, rows: int, count: int, times: int) -> dict[str, Any]:
             raise SystemExit(
                 f"{directory} holds {there:,} rows and {rows:,} are wanted: give another --keep, or --rows"
             )
-        found["verify"] = verified(database)
         found["tables"] = sizes(database)
-        found["questions"] = asyncio.run(asked(engine, times))
+        if ask:
+            found["verify"] = verified(database)
+            found["questions"] = asyncio.run(asked(engine, times))
     finally:
         database.close()
     found["memory_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
@@ -384,11 +385,13 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--backlog", type=int, default=360_000)
     parser.add_argument("--keep", type=Path, metavar="DIR")
+    parser.add_argument("--build-only", action="store_true", help="fill the kept directory, and ask nothing yet")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="spendfuse-bench-") as directory:
-        found = run(given.keep or Path(directory) / "filled", given.rows, given.stored, given.times)
-        if given.backlog:
+        home = given.keep or Path(directory) / "filled"
+        found = run(home, given.rows, given.stored, given.times, ask=not given.build_only)
+        if given.backlog and not given.build_only:
             try:
                 found["catch_up"] = caught_up(Path(directory), given.backlog)
             except BrokerUnavailableError as error:

@@ -22,7 +22,7 @@ from spendfuse.audit.checkpoints import Head
 from spendfuse.audit.database import Database
 from spendfuse.audit.lag import GROUP
 from spendfuse.audit.trail import TrailError
-from spendfuse.client.connection import Consumer, admin_options, consumer_options, producer_options
+from spendfuse.client.connection import Consumer, admin_options, close, consumer_options, producer_options
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.topics import BATCHES, CHECKPOINTS, LEDGER
 
@@ -153,8 +153,8 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
             await self._consumer.start()
             yield
         finally:
-            await self._consumer.stop()
-            await self._producer.stop()
+            await close(self._consumer)
+            await close(self._producer)
             self._let_go()
 
     async def _wait_for_topics(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer
 
-from spendfuse.client.connection import producer_options
+from spendfuse.client.connection import close, producer_options
 from spendfuse.pipeline.awake import Awake
 from spendfuse.pipeline.records import Delivery, Headers
 from spendfuse.settings import BrokerSettings
@@ -27,7 +27,7 @@ class KafkaOutbox:
         try:
             await producer.start()
         except BaseException:  # told to stop meanwhile, too
-            await producer.stop()
+            await close(producer)
             raise
         self._guard(producer)
         self._producer = producer
@@ -48,7 +48,7 @@ class KafkaOutbox:
         """Send what is waiting and close."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            await producer.stop()
+            await close(producer)
 
     async def put(
         self, topic: str, *, key: bytes, value: bytes | None, partition: int | None = None, headers: Headers = ()
