@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
-from spendfuse.audit import migrate
+from spendfuse.audit import migrate, operator
 from spendfuse.audit.address import Address, remove_address
 from spendfuse.audit.checkpoints import NOTES_FILE, Head, NoteSigner, append_note, make_checkpoint, own_key
 from spendfuse.audit.database import (
@@ -29,6 +29,8 @@ from spendfuse.audit.writer import LedgerWriter
 from spendfuse.settings import AuditSettings, BrokerSettings, SettingsError
 
 TOKEN_BYTES: Final = 32
+MIGRATOR: Final = "spendfuse-audit"
+"""Who migrates when nobody does it by hand: the audit process, at its start."""
 OPEN_RETRY_S_MIN: Final = 0.5
 OPEN_RETRY_S_MAX: Final = 30.0
 OPEN_WAIT_S_MAX: Final = 86_400.0
@@ -53,20 +55,24 @@ async def run(
     """
     stop = stop or asyncio.Event()
     engine = None if audit.clickhouse_url else Engine(Path(audit.chdb_dir), audit.database)
-    database = await _opened(engine, audit, stop)
-    if database is None:
+    opened = await _opened(engine, audit, stop)
+    if opened is None:
         return
+    database, applied = opened
+    said = _migrated(database, applied)
     try:
         if engine is None:
-            await _write(database, broker, audit, stop, ready_file, lambda: ready(None))
+            await _write(database, broker, audit, stop, ready_file, lambda: ready(None), said)
             return
-        await _serve_and_write(engine, database, broker, audit, stop, ready_file, ready)
+        await _serve_and_write(engine, database, broker, audit, stop, ready_file, ready, said)
     finally:
         await asyncio.to_thread(database.close)
 
 
-async def _opened(engine: Engine | None, audit: AuditSettings, stop: asyncio.Event) -> Database | None:
-    """Return the database, up to date; None when told to stop before a server that is away has answered.
+async def _opened(
+    engine: Engine | None, audit: AuditSettings, stop: asyncio.Event
+) -> tuple[Database, Sequence[migrate.Migration]] | None:
+    """Return the database, up to date, and what was run for it; None when told to stop before a server answers.
 
     Nothing is sealed meanwhile: the ledger waits in Kafka, as it does when the server goes away later. Raises
     DatabaseUnavailableError for what waiting does not heal, and when the wait was OPEN_WAIT_S_MAX long.
@@ -93,8 +99,17 @@ async def _opened(engine: Engine | None, audit: AuditSettings, stop: asyncio.Eve
                 "database is up to date", database=database.name, migrations=[str(each) for each in applied],
                 tries=tries, waited_s=round(loop.time() - began),
             )  # fmt: skip
-            return database
+            return database, applied
     return None
+
+
+def _migrated(database: Database, applied: Sequence[migrate.Migration]) -> Sequence[bytes]:
+    """Return the ledger's entry of a migration of a database that was there before; none of one that is new."""
+    if not 0 < len(applied) < len(migrate.load_migrations()):
+        return ()
+    about = {"database": database.name, "migrations": [str(each) for each in applied]}
+    now = datetime.now(UTC)
+    return (operator.message("migrate", about, by=MIGRATOR, reason="an upgrade was started", at=now, signer=None),)
 
 
 def _open(engine: Engine | None, audit: AuditSettings) -> tuple[Database, Sequence[migrate.Migration]]:
@@ -140,6 +155,7 @@ async def _serve_and_write(
     stop: asyncio.Event,
     ready_file: Path | None,
     ready: Callable[[Address | None], None],
+    said: Sequence[bytes],
 ) -> None:
     from spendfuse.audit.endpoint import Endpoint  # noqa: PLC0415 - it needs chDB, which a server deployment lacks
 
@@ -154,7 +170,7 @@ async def _serve_and_write(
     try:
         address.write(engine.directory)
         _log.info("endpoint", url=address.url)
-        await _write(database, broker, audit, stop, ready_file, lambda: ready(address))
+        await _write(database, broker, audit, stop, ready_file, lambda: ready(address), said)
     finally:
         remove_address(engine.directory)
         await endpoint.stop()
@@ -167,6 +183,7 @@ async def _write(
     stop: asyncio.Event,
     ready_file: Path | None,
     ready: Callable[[], None],
+    said: Sequence[bytes],
 ) -> None:
     writer = LedgerWriter(
         broker,
@@ -175,6 +192,7 @@ async def _write(
         wait_ms=audit.batch_wait_ms,
         checkpoint=await asyncio.to_thread(_checkpointer, audit, database.name),
         checkpoint_s=audit.checkpoint_s,
+        said=said,
     )
     told = False
 
