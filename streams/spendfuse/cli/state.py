@@ -77,11 +77,12 @@ def rebuild(
         async with kafka.reaching(where):
             if not plan:
                 await rebuild_write.refuse_workers(where.broker, settings, stopped=stopped)
+                # Before the ledger is read: one that grows afterwards is refused.
+                about = {"from": str(source), "app_id": settings.app_id}
+                await operator_entry.send_as(where, "rebuild state", about, by, reason)
             prepared = await _prepare(where, settings, source, progress)
             if plan:
                 return prepared, None
-            about = {"from": str(source), "app_id": settings.app_id, "charges": prepared.rebuilt.tally.charges}
-            await operator_entry.send_as(where, "rebuild state", about, by, reason)
             return prepared, await rebuild_write.write(where.broker, settings, prepared, progress, stopped=stopped)
 
     with _progress() as progress:
