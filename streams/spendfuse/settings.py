@@ -211,6 +211,9 @@ class WorkerSettings(Settings):
     stale_lag_s: Annotated[int, Field(ge=1, le=86_400)] = Field(
         30, description="usage read so long after it was written: decisions are stale, and heartbeats say so"
     )
+    audit_lag_s: Annotated[int, Field(ge=5, le=86_400)] = Field(
+        300, description="a ledger message not in ClickHouse after so long raises an alert; halts go on without it"
+    )
     ready_timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="a worker not ready by then ends")
     ready_file: str = Field("", description="file that exists while the worker is ready (health checks)")
     price_book_file: str = Field("", description="price book to use instead of the one shipped")

@@ -29,6 +29,7 @@ from spendfuse.audit.database import Engine, open_embedded
 from spendfuse.audit.reports import Period, read_chargeback
 from spendfuse.audit.rows import Place, entry_row, tables
 from spendfuse.audit.verify import verify
+from spendfuse.cli import operator_entry
 from spendfuse.cli.app import app
 from spendfuse.client.keys import Signer, Verifier, generate
 from spendfuse.wire.ledger import LedgerBatch
@@ -345,13 +346,20 @@ def test_retention_and_rebuild_on_the_command_line(home: Path, monkeypatch: pyte
     unsaid = run("retention", "--apply")
     assert (unsaid.exit_code, "--by" in unsaid.stderr) == (2, True)
     assert run("rebuild", "--check").exit_code == 0
-    assert "every rollup is the sum of its rows" in run("rebuild").stdout
+    unsaid = run("rebuild")
+    assert (unsaid.exit_code, "--by" in unsaid.stderr) == (2, True)
+    recorded: list[tuple[str, Any]] = []
+    monkeypatch.setattr(
+        operator_entry, "record", lambda _where, action, about, *_rest: recorded.append((action, about))
+    )
+    done = run("rebuild", "--by", "ada", "--reason", "a disk was restored")
+    assert "every rollup is the sum of its rows" in done.stdout
+    assert recorded == [("rebuild rollups", {"tables": list(TABLES), "differing": 0, "differ": []})]
 
 
 def test_a_subject_key_is_made_once_and_forgetting_destroys_it_after_the_ledger_knows(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spendfuse.cli import audit_admin
     from spendfuse.client.subject import Subjects
 
     assert run("subject-key", "--out", "subject.key", "--kid", "2026").exit_code == 0
@@ -364,7 +372,7 @@ def test_a_subject_key_is_made_once_and_forgetting_destroys_it_after_the_ledger_
     assert Subjects.from_env().kid == "2026"
     recorded: list[tuple[str, Any, bool]] = []
     monkeypatch.setattr(
-        audit_admin, "_record", lambda _where, action, about, *_rest: recorded.append((action, about, path.exists()))
+        operator_entry, "record", lambda _where, action, about, *_rest: recorded.append((action, about, path.exists()))
     )
     done = run("forget", "subject.key", "--by", "ada", "--reason", "asked to")
     assert done.exit_code == 0, done.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,23 +20,26 @@ pytest.importorskip("chdb", reason="the server that stands in for ClickHouse is 
 pytest.importorskip("clickhouse_connect")
 pytest.importorskip("lz4", reason="clickhouse-connect compresses its inserts with lz4")
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError
 
 from audit_samples import charge, command_entry, halt, message, totals
-from audit_writers import DEADLINE_S, Topics, base_and_rollups, create, replayed, rows, running, until
+from audit_writers import DEADLINE_S, Topics, base_and_rollups, create, replayed, rows, running, send, until
 from clickhouse_faults import CODES, Faults, Step
 from spendfuse.adapters.budget_file import parse
 from spendfuse.audit import database as databases
-from spendfuse.audit import migrate, queries
+from spendfuse.audit import migrate, queries, service
 from spendfuse.audit.database import Database, open_server
 from spendfuse.audit.lag import LedgerLag, ledger_lag
 from spendfuse.audit.verify import verify
 from spendfuse.audit.writer import LedgerWriter
 from spendfuse.client import Guard, Halted, Meter
-from spendfuse.client.connection import producer_options
+from spendfuse.client.connection import consumer_options, producer_options
+from spendfuse.embedded.processes import ChildProcess
 from spendfuse.embedded.stack import EmbeddedStack
-from spendfuse.settings import AuditSettings
+from spendfuse.settings import AuditSettings, BrokerSettings
 from spendfuse.wire.base import encode
+from spendfuse.wire.topics import BATCHES, LEDGER
 from workers import quick_settings
 
 if TYPE_CHECKING:
@@ -298,3 +303,76 @@ def spend_until_halted(given: dict[str, Any]) -> Halted:
             meter.record(provider="anthropic", model="claude-sonnet-4-6", input=600)
             time.sleep(0.1)
     raise AssertionError(f"no halt within {DEADLINE_S:g} s")
+
+
+class AuditProcess:
+    """`python -m spendfuse.audit` as it is deployed, writing to the server through the proxy."""
+
+    def __init__(self, stack: EmbeddedStack, clickhouse: ClickHouse, directory: Path) -> None:
+        self._log = directory / "audit.log"
+        self.ready_file = directory / "ready"
+        own = {name: value for name, value in os.environ.items() if not name.startswith("SPENDFUSE_")}
+        env = {
+            **own, **stack.env, "SPENDFUSE_CLICKHOUSE_URL": clickhouse.settings.clickhouse_url,
+            "SPENDFUSE_CHECKPOINT_FILE": str(directory / "notes"), "SPENDFUSE_BATCH_WAIT_MS": "50",
+            "SPENDFUSE_READY_FILE": str(self.ready_file),
+        }  # fmt: skip
+        self.process = ChildProcess("audit", [sys.executable, "-m", "spendfuse.audit"], log_path=self._log, env=env)
+
+    def said(self, text: str) -> list[dict[str, Any]]:
+        """What it has logged with this in its words."""
+        if not self._log.exists():
+            return []
+        lines = (line for line in self._log.read_text().splitlines() if line.startswith("{"))
+        return [found for found in map(json.loads, lines) if text in found["event"]]
+
+
+def headers_written(stack: EmbeddedStack) -> int:
+    """How many batch headers are on Kafka."""
+
+    async def count() -> int:
+        async with AIOKafkaConsumer(**consumer_options(stack.broker, "test")) as consumer:
+            place = TopicPartition(BATCHES.name, 0)
+            return int((await consumer.end_offsets([place]))[place])
+
+    return asyncio.run(count())
+
+
+def test_an_audit_that_is_started_and_restarted_while_clickhouse_is_away_waits_and_seals_nothing_meanwhile(
+    clickhouse: ClickHouse, tmp_path: Path
+) -> None:
+    clickhouse.faults.away()
+    entries = [charge(nth) for nth in range(200)]
+    with EmbeddedStack(tmp_path / "stack", partitions=2, audit=False, workers=0) as stack:
+        asyncio.run(send(stack.broker, LEDGER.name, [(0, message(entries[:60])), (1, message(entries[120:150]))]))
+        audit = AuditProcess(stack, clickhouse, tmp_path)
+        with audit.process:  # against a database that does not even exist yet
+            audit.process.wait_until(lambda: len(audit.said("waits for ClickHouse")) >= 3, DEADLINE_S)
+            assert (audit.process.alive, audit.ready_file.exists(), headers_written(stack)) == (True, False, 0)
+            clickhouse.faults.start()
+            audit.process.wait_until(lambda: answered(clickhouse, 90), DEADLINE_S)
+            clickhouse.faults.away()
+            asyncio.run(send(stack.broker, LEDGER.name, [(0, message(entries[50:120]))]))
+            audit.process.wait_until(lambda: bool(audit.said("ClickHouse does not take a batch")), DEADLINE_S)
+        before = (headers_written(stack), len(audit.said("waits for ClickHouse")))
+        with AuditProcess(stack, clickhouse, tmp_path).process as again:  # in the same outage: its last batch is open
+            again.wait_until(lambda: len(audit.said("waits for ClickHouse")) >= before[1] + 2, DEADLINE_S)
+            assert (again.alive, headers_written(stack)) == (True, before[0])
+            asyncio.run(send(stack.broker, LEDGER.name, [(1, message(entries[150:]))]))
+            clickhouse.faults.start()
+            again.wait_until(lambda: answered(clickhouse, len(entries)), DEADLINE_S)
+        waits = audit.said("waits for ClickHouse")
+        assert all("SPENDFUSE_CLICKHOUSE_URL" in wait["error"] and wait["retry_s"] <= 30 for wait in waits)
+    check(clickhouse, entries, 0)
+
+
+def test_a_wrong_password_is_not_waited_for(clickhouse: ClickHouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_settings: AuditSettings) -> Database:
+        raise DatabaseError("Code: 516. DB::Exception: audit: Authentication failed", code=516)
+
+    assert not databases.is_away(DatabaseError("refused", code=516))
+    assert databases.is_away(OperationalError("connection refused"))
+    monkeypatch.setattr(databases.clickhouse_connect, "get_client", lambda **_given: refuse(clickhouse.settings))
+    with pytest.raises(databases.DatabaseUnavailableError) as raised:
+        asyncio.run(service.run(clickhouse.settings, BrokerSettings(bootstrap_servers="127.0.0.1:1")))
+    assert not isinstance(raised.value, databases.DatabaseAwayError)

@@ -329,7 +329,7 @@ def said_total(said: dict[str, Any]) -> int:
     return sum(row["cost_nanos"] for row in said["rows"])
 
 
-@pytest.mark.parametrize("per_shard", [4_000_000, 100])
+@pytest.mark.parametrize("per_shard", [4_000_000, 100, 7])
 async def test_calls_that_were_charged_again_are_found_with_what_they_cost(
     ask: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, per_shard: int
 ) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from spendfuse.audit.rows import Table
 from spendfuse.grafana import ALL, Panel, expand, panels
 from spendfuse.grafana.dashboards import annotations, variables
 from spendfuse.grafana.spec import TIME_SERIES
@@ -182,6 +183,7 @@ def program(directory: Path, statements: Mapping[str, str]) -> dict[str, Any]:
                  "occurred_at": to_us(minutes(45))}  # fmt: skip
         for table in tables([("usage_events", named)]):
             database.insert(table, f"seed:{agent}")
+    database.insert(waited_batches(), "seed:batches")
     answers: dict[str, Any] = {}
     for key, statement in statements.items():
         query = readonly.Query(statement, {}, {}, "spendfuse", "JSONCompact")
@@ -198,6 +200,25 @@ def program(directory: Path, statements: Mapping[str, str]) -> dict[str, Any]:
             }
     database.close()
     return answers
+
+
+WAITED_S = {50: 0.25, 49: 0.5, 20: 1_800.0}
+"""Minutes ago a batch was inserted -> how long it had waited; the last after an outage."""
+
+
+def waited_batches() -> Table:
+    """Sealed batches, and one of before there were seals."""
+    ago = [*WAITED_S, 10]
+    waited = [*WAITED_S.values(), 10**6]
+    count = len(ago)
+    inserted = [to_us(minutes(each)) // 1_000 for each in ago]
+    columns: dict[str, list[Any]] = {
+        "ledger_partition": [0] * count, "generation": [1] * count, "seq": list(range(1, count + 1)),
+        "first_offset": list(range(count)), "last_offset": list(range(count)), "rows": [1] * count,
+        "content_sha256": ["0" * 64] * count, "leaf_version": [1] * len(WAITED_S) + [0], "inserted_at": inserted,
+        "written_at": [at - round(wait * 1_000) for at, wait in zip(inserted, waited, strict=True)],
+    }  # fmt: skip
+    return Table("audit_batches", columns)
 
 
 class Answer:
@@ -421,3 +442,11 @@ def test_halt_lag_takes_the_first_refusal_of_each_agent(answers: dict[str, Any])
 
 if __name__ == "__main__":
     sys.stdout.write(json.dumps(program(Path(sys.argv[1]), json.load(sys.stdin))) + "\n")
+
+
+@pytest.mark.parametrize(("span", "longest"), [("24 h", [0.5, 1_800]), ("1 h", [0.25, 0.5, 1_800])])
+def test_the_audits_lag_is_the_longest_wait_of_each_interval(
+    answers: dict[str, Any], span: str, longest: list[float]
+) -> None:
+    answer = answer_of(answers, "audit_lag", span=span)
+    assert answer.column("audit_lag") == longest

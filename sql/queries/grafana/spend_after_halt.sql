@@ -61,9 +61,12 @@ touched AS (
   INNER JOIN stopped AS s ON s.scope = h.scope
   WHERE addHours(h.hour, 1) > s.issued_at AND h.hour < s.until
   GROUP BY team, agent, root_run, hour
-)
+),
+-- As a value, which is worked out once: the sum of the whole hours, and where the others are.
+(SELECT (sumIf(nanos, is_whole), groupArrayIf((team, agent, hour, root_run), NOT is_whole)) FROM touched) AS found,
+edges AS (SELECT edge.1 AS team, edge.2 AS agent, edge.3 AS hour, edge.4 AS root_run FROM (SELECT arrayJoin(found.2) AS edge))
 SELECT sum(nanos) / 1e9 AS after_halt FROM (
-  SELECT sum(nanos) AS nanos FROM touched WHERE is_whole
+  SELECT found.1 AS nanos
   UNION ALL
   SELECT any(u.cost_nanos) AS nanos
   FROM (
@@ -75,10 +78,10 @@ SELECT sum(nanos) / 1e9 AS after_halt FROM (
       concat('agent:', workspace, '/', team, '/', agent),
       concat('run:', workspace, '/', root_run)
     ] AS scope
+    PREWHERE toStartOfHour(occurred_at) IN (SELECT hour FROM edges)
     WHERE $__timeFilter_ms(occurred_at) AND kind = 'charge' AND currency = 'USD' AND workspace = ${workspace:singlequote}
-      AND (team, agent, toStartOfHour(occurred_at), root_run) IN (
-        SELECT team, agent, hour, root_run FROM touched WHERE NOT is_whole
-      )
+      AND (team, agent, toStartOfHour(occurred_at)) IN (SELECT team, agent, hour FROM edges)
+      AND (team, agent, toStartOfHour(occurred_at), root_run) IN (SELECT team, agent, hour, root_run FROM edges)
       AND scope IN (SELECT scope FROM stopped)
   ) AS u
   INNER JOIN stopped AS s ON s.scope = u.scope

@@ -30,12 +30,18 @@ INSERT_SETTINGS: Final[Mapping[str, int]] = {
 CONNECT_TIMEOUT_S: Final = 5
 SEND_RECEIVE_TIMEOUT_S: Final = 60
 Rights = Literal["writer", "operator"]
+FINAL_CODES: Final = frozenset({62, 81, 192, 193, 194, 497, 516})
+"""Refusals that stay: syntax error, unknown database, unknown user, wrong or no password, access denied, and such."""
 SCHEMES: Final = {"http": 8123, "https": 8443}
 _DATABASE_NAME: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
 
 class DatabaseUnavailableError(Exception):
     """ClickHouse cannot be opened or reached; the message says which one and what to do."""
+
+
+class DatabaseAwayError(DatabaseUnavailableError):
+    """The server does not answer, or not yet as it should: it may do so when it is asked again."""
 
 
 class Database:
@@ -212,9 +218,15 @@ def connect_server(settings: AuditSettings, database: str | None = None) -> "Cli
             autogenerate_session_id=False,
         )
     except (ClickHouseError, ValueError) as error:
-        raise DatabaseUnavailableError(
+        kind = DatabaseAwayError if is_away(error) else DatabaseUnavailableError
+        raise kind(
             f"the ClickHouse server at {url.hostname} (SPENDFUSE_CLICKHOUSE_URL) does not answer: {error}"
         ) from error
+
+
+def is_away(error: BaseException) -> bool:
+    """Say whether asking again may help: not after a refusal that a person must heal, such as a wrong password."""
+    return isinstance(error, ClickHouseError) and getattr(error, "code", None) not in FINAL_CODES
 
 
 def database_name(settings: AuditSettings) -> str:

@@ -10,13 +10,14 @@ from aiokafka.errors import UnknownTopicOrPartitionError
 from pydantic import ValidationError
 
 from spendfuse.audit.batches import BatchHeader
-from spendfuse.client.connection import Consumer, consumer_options
+from spendfuse.client.connection import Consumer, close, consumer_options
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.base import encode
 
 CLIENT_ID: Final = "spendfuse-audit-headers"
 READ_TIMEOUT_S: Final = 60.0
 POLL_MS: Final = 200
+STOP_S: Final = 2.0
 RECORDS_PER_POLL: Final = 100
 
 _log = structlog.get_logger(__name__)
@@ -50,7 +51,7 @@ async def last_headers(broker: BrokerSettings, topic: str, partitions: Iterable[
                     for record in records:
                         _keep_last(found, wanted, record.value, record.offset)
         finally:
-            await consumer.stop()
+            await close(consumer, STOP_S)
     return found
 
 

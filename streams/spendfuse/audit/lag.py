@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from aiokafka import TopicPartition
 
-from spendfuse.client.connection import Consumer, consumer_options
+from spendfuse.client.connection import Consumer, close, consumer_options
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.topics import LEDGER
 
@@ -17,13 +17,23 @@ GROUP: Final = "spendfuse-audit"
 CLIENT_ID: Final = "spendfuse-audit-lag"
 READ_TIMEOUT_S: Final = 20.0
 POLL_MS: Final = 200
+STOP_S: Final = 2.0
+MS_PER_S: Final = 1_000
 
 
 class LedgerLag(NamedTuple):
-    """Ledger messages that are not in ClickHouse yet, and when the first was written (ms since 1970; None: no such)."""
+    """Ledger messages that are not in ClickHouse yet, and when the first was written (ms since 1970; None: no such).
+
+    `begun`: the group has committed something once. Where no audit was ever run, nobody is behind.
+    """
 
     messages: int
     oldest_ms: int | None
+    begun: bool = True
+
+    def age_s(self, now_ms: int) -> int:
+        """Return for how many seconds the oldest of them has waited at an instant of the wall's clock."""
+        return 0 if self.oldest_ms is None else max(now_ms - self.oldest_ms, 0) // MS_PER_S
 
 
 async def ledger_lag(broker: BrokerSettings, *, ledger: str = LEDGER.name, group: str = GROUP) -> LedgerLag:
@@ -32,9 +42,12 @@ async def ledger_lag(broker: BrokerSettings, *, ledger: str = LEDGER.name, group
     Raises TimeoutError after READ_TIMEOUT_S, and whatever aiokafka raises.
     """
     async with asyncio.timeout(READ_TIMEOUT_S):
-        # With a group and partitions of its own choice it may ask for the group's offsets, and is no member.
-        consumer = Consumer(**consumer_options(broker, CLIENT_ID), group_id=group)
+        # One asks for the group's offsets, is no member and never assigns: aiokafka's coordination ends with an error
+        # when an assignment is replaced while it looks for its coordinator. The other reads, of no group.
+        asking = Consumer(**consumer_options(broker, CLIENT_ID), group_id=group)
+        consumer = Consumer(**consumer_options(broker, CLIENT_ID))
         try:
+            await asking.start()
             await consumer.start()
             parts = [TopicPartition(ledger, part) for part in await _partitions(consumer, ledger)]
             if not parts:
@@ -42,12 +55,15 @@ async def ledger_lag(broker: BrokerSettings, *, ledger: str = LEDGER.name, group
             consumer.assign(parts)
             begins = await consumer.beginning_offsets(parts)
             ends = await consumer.end_offsets(parts)
-            at = {part: max(await consumer.committed(part) or 0, begins[part]) for part in parts}
+            committed = {part: await asking.committed(part) for part in parts}
+            at = {part: max(offset or 0, begins[part]) for part, offset in committed.items()}
             behind = {part: ends[part] - at[part] for part in parts if at[part] < ends[part]}
             stamps = [await _timestamp(consumer, part, at[part]) for part in behind]
         finally:
-            await consumer.stop()
-    return LedgerLag(sum(behind.values()), min((each for each in stamps if each is not None), default=None))
+            await close(asking, STOP_S)
+            await close(consumer, STOP_S)
+    oldest_ms = min((each for each in stamps if each is not None), default=None)
+    return LedgerLag(sum(behind.values()), oldest_ms, any(offset is not None for offset in committed.values()))
 
 
 async def _partitions(consumer: Consumer, topic: str) -> list[int]:

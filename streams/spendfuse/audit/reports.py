@@ -7,9 +7,10 @@ import calendar
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 
 from spendfuse.audit.amounts import apportion, decimal_text, exact, minor_digits
@@ -24,7 +25,7 @@ TURNS_MAX: Final = 10_000
 DUPLICATES_MAX: Final = 1_000
 """Most calls that are listed as charged again."""
 CALLS_PER_SHARD: Final = 4_000_000
-"""Call ids that one query holds in memory; a period with more is asked in parts."""
+"""Call ids that one query holds in memory, some 200 MB; agents with more together are asked one after the other."""
 CONTROL_TRIES: Final = 3
 CONTROL_PAUSE_S: Final = 1.0
 BASIS_POINTS: Final = 10_000
@@ -315,16 +316,71 @@ def read_chargeback(
     )
 
 
-def read_duplicates(client: "Client", period: Period, workspace: str = "") -> Report:
-    """Return the calls of a period that were charged more than once, the dearest first, at most DUPLICATES_MAX."""
-    bounds = {**_bounds(period), "workspace": workspace}
-    (control,) = _ask(client, "report_calls", bounds)
-    shards = -(-int(control["calls"]) // CALLS_PER_SHARD)
+def read_duplicates(
+    client: "Client",
+    period: Period,
+    workspace: str = "",
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Report:
+    """Return the calls of a period that were charged more than once, the dearest first, at most DUPLICATES_MAX.
+
+    A call is charged again under its own agent, so agents are looked through one after the other, as their rows lie:
+    each row is read twice, whatever the period, and one query holds CALLS_PER_SHARD ids. `progress` is called with the
+    calls done and all calls.
+    """
+    bounds = _bounds(period)
+    agents = _ask(client, "duplicates_agents", {**bounds, "workspace": workspace})
+    done, total = 0, sum(int(agent["calls"]) for agent in agents)
     found: list[Row] = []
-    for shard in range(shards):
-        found += _ask(client, "duplicates", {**bounds, "shard": shard, "shards": shards})
-    found.sort(key=lambda row: (row["workspace"], row["currency"], -int(row["cost_nanos"]), row["usage_id"]))
-    return Report("duplicates", tuple(found[:DUPLICATES_MAX]))
+    progress(done, total)
+    for part, calls in _parts(agents):
+        shards = max(-(-calls // CALLS_PER_SHARD), 1)
+        for shard in range(shards):
+            found += _ask(client, "duplicates", {**bounds, **part, "shard": shard, "shards": shards})
+            found.sort(key=lambda row: (row["workspace"], row["currency"], -int(row["cost_nanos"]), row["usage_id"]))
+            del found[DUPLICATES_MAX:]
+        done += calls
+        progress(done, total)
+    return Report("duplicates", tuple(found))
+
+
+def _parts(agents: Sequence[Row]) -> Iterator[tuple[dict[str, str], int]]:
+    """Yield runs of neighbouring agents with at most CALLS_PER_SHARD calls together, or one agent, and their calls.
+
+    A run is of whole teams of a workspace, or of agents of one team.
+    """
+    for workspace, teams in groupby(agents, key=lambda row: str(row["workspace"])):
+        first, last, calls = "", "", 0
+        for team, rows in groupby(teams, key=lambda row: str(row["team"])):
+            members = list(rows)
+            more = sum(int(row["calls"]) for row in members)
+            if calls and calls + more > CALLS_PER_SHARD:
+                yield _part(workspace, first, last), calls
+                calls = 0
+            if more > CALLS_PER_SHARD:
+                yield from _of_team(workspace, team, members)
+                continue
+            first, last, calls = (first if calls else team), team, calls + more
+        if calls:
+            yield _part(workspace, first, last), calls
+
+
+def _of_team(workspace: str, team: str, members: Sequence[Row]) -> Iterator[tuple[dict[str, str], int]]:
+    first, last, calls = "", "", 0
+    for row in members:
+        agent, more = str(row["agent"]), int(row["calls"])
+        if calls and calls + more > CALLS_PER_SHARD:
+            yield _part(workspace, team, team, first, last), calls
+            calls = 0
+        first, last, calls = (first if calls else agent), agent, calls + more
+    yield _part(workspace, team, team, first, last), calls
+
+
+def _part(workspace: str, team_from: str, team_to: str, agent_from: str = "", agent_to: str = "") -> dict[str, str]:
+    return {
+        "workspace": workspace, "team_from": team_from, "team_to": team_to, "agent_from": agent_from,
+        "agent_to": agent_to,
+    }  # fmt: skip
 
 
 def totals(report: Report) -> dict[str, int]:

@@ -16,13 +16,13 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
-from spendfuse.audit import headers, trail
+from spendfuse.audit import headers, operator, trail
 from spendfuse.audit.batches import Batch, BatchHeader, BatchMismatchError, Collector, Message, form_again
 from spendfuse.audit.checkpoints import Head
 from spendfuse.audit.database import Database
 from spendfuse.audit.lag import GROUP
 from spendfuse.audit.trail import TrailError
-from spendfuse.client.connection import Consumer, admin_options, consumer_options, producer_options
+from spendfuse.client.connection import Consumer, admin_options, close, consumer_options, producer_options
 from spendfuse.settings import BrokerSettings
 from spendfuse.wire.topics import BATCHES, CHECKPOINTS, LEDGER
 
@@ -73,12 +73,16 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
         wait_ms: int,
         checkpoint: Callable[[Sequence[Head]], str] | None = None,
         checkpoint_s: float = CHECKPOINT_S,
+        said: Sequence[bytes] = (),
         ledger: str = LEDGER.name,
         batches: str = BATCHES.name,
         checkpoints: str = CHECKPOINTS.name,
         group: str = GROUP,
     ) -> None:
-        """Take the settings; `checkpoint` keeps a signed note of some heads and returns it, to be sent as well."""
+        """Take the settings; `checkpoint` keeps a signed note of some heads and returns it, to be sent as well.
+
+        `said` are messages for the ledger itself, of what was done to the database before this.
+        """
         self._broker = broker
         self._database = database
         self._rows_max = rows_max
@@ -88,6 +92,7 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
         self._checkpoint_due_at = 0.0
         self._checked: Sequence[Head] = ()
         self._note = ""
+        self._said = list(said)
         self._checkpoints = checkpoints
         self._ledger = ledger
         self._batches = batches
@@ -151,10 +156,13 @@ class LedgerWriter(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
         try:
             await self._producer.start()
             await self._consumer.start()
+            while self._said:
+                await self._producer.send_and_wait(self._ledger, self._said[0], key=operator.KEY)
+                del self._said[0]
             yield
         finally:
-            await self._consumer.stop()
-            await self._producer.stop()
+            await close(self._consumer)
+            await close(self._producer)
             self._let_go()
 
     async def _wait_for_topics(self) -> None:

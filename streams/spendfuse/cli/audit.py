@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from spendfuse.cli import audit_proof
+from spendfuse.cli.operator_entry import Reason, Whoever
 from spendfuse.cli.options import STATE_DIR, Json, Servers, StateDir, command, examples
 
 audit = typer.Typer(
@@ -37,24 +38,39 @@ def migrate(
     check: Annotated[
         bool, typer.Option("--check", "--plan", help="Only say what is still to be run; exit 1 if anything is.")
     ] = False,
+    by: Whoever = "",
+    reason: Reason = "",
+    bootstrap_servers: Servers = None,
+    state_dir: StateDir = STATE_DIR,
     as_json: Json = False,
 ) -> None:
-    """Bring the database of SPENDFUSE_CLICKHOUSE_URL (or the embedded one) up to date. Run again, it does nothing."""
+    """Bring the database of SPENDFUSE_CLICKHOUSE_URL (or the embedded one) up to date. Run again, it does nothing.
+
+    A database that is not new gets an entry in the ledger of it, where Kafka can be reached.
+    """
     from pathlib import Path
 
     from spendfuse.audit.database import Engine, open_embedded, open_server
     from spendfuse.audit.migrate import apply, load_migrations, plan
-    from spendfuse.cli import console
+    from spendfuse.cli import console, operator_entry, target
     from spendfuse.settings import AuditSettings
 
     settings = AuditSettings.from_env()
+    by = operator_entry.named(by, reason)
     if settings.clickhouse_url:
         database = open_server(settings)
     else:
         database = open_embedded(Engine(Path(settings.chdb_dir), settings.database))
     try:
         migrations = load_migrations()
-        changed = plan(database, migrations) if check else apply(database, migrations)
+        changed = plan(database, migrations)
+        if not check:
+            if 0 < len(changed) < len(migrations):
+                where = target.find(bootstrap_servers, state_dir)
+                about = {"database": database.name, "migrations": [str(each) for each in changed]}
+                signer = operator_entry.signer_if_any(where)
+                operator_entry.record_if_possible(where, "migrate", about, by, reason, signer)
+            changed = apply(database, migrations)
     finally:
         database.close()
     pending = {migration.version for migration in changed}

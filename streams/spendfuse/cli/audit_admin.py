@@ -1,15 +1,16 @@
 """`spendfuse audit retention | rebuild | forget | subject-key | roles`: what an operator does, and says so."""
 
 import os
-import re
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from spendfuse.cli import operator_entry
 from spendfuse.cli.audit import audit
+from spendfuse.cli.operator_entry import By, Reason
 from spendfuse.cli.options import STATE_DIR, Json, Servers, StateDir, command
 
 if TYPE_CHECKING:
@@ -17,15 +18,10 @@ if TYPE_CHECKING:
 
     from spendfuse.audit.database import Database
     from spendfuse.cli.target import Target
-    from spendfuse.client.keys import Signer
     from spendfuse.settings import AuditSettings
 
 SUBJECT_KEY_BYTES: Final = 32
 KEY_FILE_BYTES_MAX: Final = 4_096
-REASON_CHARS_MAX: Final = 300
-
-By = Annotated[str, typer.Option(metavar="NAME", help="Who does it; the ledger keeps it. No e-mail address.")]
-Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; the ledger keeps it.")]
 
 
 def register(_app: typer.Typer) -> None:
@@ -35,7 +31,11 @@ def register(_app: typer.Typer) -> None:
         "spendfuse audit retention",
         "spendfuse audit retention --apply --by ada --reason 'yearly'",
     )  # fmt: skip
-    command(audit, rebuild, "spendfuse audit rebuild --check", "spendfuse audit rebuild")
+    command(
+        audit, rebuild,
+        "spendfuse audit rebuild --check",
+        "spendfuse audit rebuild --by ada --reason 'the disk was restored'",
+    )  # fmt: skip
     command(audit, subject_key, "spendfuse audit subject-key --out subject.key --kid 2026", name="subject-key")
     command(audit, forget, "spendfuse audit forget subject.key --by ada --reason 'asked to, 2026-11-23'")
     command(
@@ -62,14 +62,14 @@ def retention(
 
     where = target.find(bootstrap_servers, state_dir)
     settings = _settings(where)
-    signer = _who(where, by, reason) if apply else None
+    signer = operator_entry.who(where, by, reason) if apply else None
     now = datetime.now(UTC)
     with _as_operator(settings) as database:
         months = kept.plan(database, settings.retention_days, now)
         due = [month for month in months if month.expired]
         if apply and due:
             about = kept.about(database, due, settings.retention_days)
-            _record(where, kept.ACTION, about, by, reason, now, signer)
+            operator_entry.record(where, kept.ACTION, about, by, reason, now, signer)
             kept.apply(database, due, settings.retention_days, now)
     states = [(month, "dropped" if apply else "has expired") if month.expired else (month, "kept") for month in months]
     if as_json:
@@ -99,21 +99,29 @@ def rebuild(
     check: Annotated[
         bool, typer.Option("--check", help="Only compare the rollups with their rows; exit 1 if any differs.")
     ] = False,
+    by: By = "",
+    reason: Reason = "",
+    bootstrap_servers: Servers = None,
     state_dir: StateDir = STATE_DIR,
     as_json: Json = False,
 ) -> None:
     """Make the rollups anew from the rows they sum.
 
-    Stop the audit process for it, after it was ready once (its last batch is then whole); a server needs an account
-    with the role spendfuse_operator. Months whose rows have expired keep their sums.
+    The ledger first gets a signed entry of it: who, why, and which months differ. Stop the audit process for it, after
+    it was ready once (its last batch is then whole); a server needs an account with the role spendfuse_operator.
+    Months whose rows have expired keep their sums.
     """
     from spendfuse.audit import rebuild as anew
     from spendfuse.cli import console, target
 
-    with _as_operator(_settings(target.find(None, state_dir))) as database:
-        if check:
-            found = anew.compare(database)
-        else:
+    where = target.find(bootstrap_servers, state_dir)
+    signer = None if check else operator_entry.who(where, by, reason)
+    with _as_operator(_settings(where)) as database:
+        found = anew.compare(database)
+        if not check:
+            differ = sorted({f"{each.table} {each.month}" for each in found})
+            about = {"tables": list(anew.ROLLUPS), "differing": len(differ), "differ": operator_entry.some(differ)}
+            operator_entry.record(where, "rebuild rollups", about, by, reason, datetime.now(UTC), signer)
             found = anew.rebuild(database, lambda table, month: console.note(f"{table} {month}"))
     if as_json:
         console.data([
@@ -183,14 +191,14 @@ def forget(
     from spendfuse.client.subject import Subjects
 
     where = target.find(bootstrap_servers, state_dir)
-    signer = _who(where, by, reason)
+    signer = operator_entry.who(where, by, reason)
     with key_file.open(encoding="utf-8") as file:
         text = file.read(KEY_FILE_BYTES_MAX)
     try:
         kid = Subjects.parse(text).kid
     except ValueError as error:
         raise CliError(f"{key_file} is no subject key: {error}", EXIT_SETTINGS) from error
-    _record(where, "forget", {"kid": kid}, by, reason, datetime.now(UTC), signer)
+    operator_entry.record(where, "forget", {"kid": kid}, by, reason, datetime.now(UTC), signer)
     with key_file.open("r+b") as raw:
         length = raw.seek(0, os.SEEK_END)
         raw.seek(0)
@@ -239,34 +247,3 @@ def _as_operator(settings: "AuditSettings") -> "Iterator[Database]":
         yield database
     finally:
         database.close()
-
-
-def _who(where: "Target", by: str, reason: str) -> "Signer | None":
-    """Return what signs for a person; raises a usage error when it is not said who, or why."""
-    from spendfuse.cli.faults import usage_error
-    from spendfuse.wire.base import LINE_PATTERN, NAME_PATTERN
-
-    if re.fullmatch(NAME_PATTERN, by) is None:
-        raise usage_error(f"--by {by[:100]!r} is no name: 1-64 of A-Z a-z 0-9 . _ + - (no e-mail address)")
-    if not 0 < len(reason) <= REASON_CHARS_MAX or re.fullmatch(LINE_PATTERN, reason) is None:
-        raise usage_error(f"--reason is one line of at most {REASON_CHARS_MAX} characters: say why")
-    return where.signer()
-
-
-def _record(
-    where: "Target", action: str, about: dict[str, Any], by: str, reason: str, at: datetime, signer: "Signer | None"
-) -> None:
-    """Write the entry to the ledger, and return once every replica has it."""
-    from spendfuse.audit import operator
-    from spendfuse.cli import console, kafka
-    from spendfuse.wire.topics import LEDGER
-
-    value = operator.message(action, about, by=by, reason=reason, at=at, signer=signer)
-
-    async def send() -> kafka.Placed:
-        await kafka.check_topics(where, LEDGER.name)
-        async with kafka.sending(where) as sent:
-            return await sent(LEDGER.name, value, operator.KEY, [])
-
-    placed = kafka.run(send())
-    console.note(f"written to the ledger (partition {placed.partition}, offset {placed.offset})")

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 import typer
 
+from spendfuse.cli.operator_entry import Reason, Whoever
 from spendfuse.cli.options import STATE_DIR, Json, Servers, StateDir, command, examples
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from spendfuse.adapters.budget_file import BudgetFile
     from spendfuse.cli.target import Target
@@ -117,6 +118,8 @@ def apply(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Withdraw the budgets in force that the file lacks.")] = False,
     currency: Currency = "USD",
+    by: Whoever = "",
+    reason: Reason = "",
     bootstrap_servers: Servers = None,
     state_dir: StateDir = STATE_DIR,
     as_json: Json = False,
@@ -125,11 +128,22 @@ def apply(
 
     The worker acts at once: a raised cap lets a halted agent go on, a lowered one may stop it.
     """
-    from spendfuse.cli import console, kafka, target
+    from spendfuse.cli import console, kafka, operator_entry, target
 
+    by = operator_entry.named(by, reason)
     where = target.find(bootstrap_servers, state_dir)
     text = read_text(file)
-    found, changes = kafka.run(apply_text(where, text, str(file), currency=currency, prune=prune, dry_run=dry_run))
+
+    async def say(changes: "Sequence[Change]") -> None:
+        about = {
+            "changes": len(changes),
+            "budgets": operator_entry.some([{"state": each.state, "key": each.key} for each in changes]),
+        }
+        await operator_entry.send_as(where, "apply budgets", about, by, reason)
+
+    found, changes = kafka.run(
+        apply_text(where, text, str(file), currency=currency, prune=prune, dry_run=dry_run, say=say)
+    )
     if as_json:
         console.data({"dry_run": dry_run, "changes": [change._asdict() for change in changes]})
         return
@@ -169,11 +183,19 @@ def list_(bootstrap_servers: Servers = None, state_dir: StateDir = STATE_DIR, as
 
 
 async def apply_text(
-    where: "Target", text: str, name: str, *, currency: str = "USD", prune: bool = False, dry_run: bool = False
+    where: "Target",
+    text: str,
+    name: str,
+    *,
+    currency: str = "USD",
+    prune: bool = False,
+    dry_run: bool = False,
+    say: "Callable[[Sequence[Change]], Awaitable[None]] | None" = None,
 ) -> "tuple[BudgetFile, list[Change]]":
     """Publish what a budget file changes; return the file and its difference to what was in force.
 
-    Raises BudgetFileError, BrokerAwayError, or CliError when the topics do not exist.
+    `say` is given what will be published before it is. Raises BudgetFileError, BrokerAwayError, or CliError when the
+    topics do not exist.
     """
     from spendfuse.adapters.budget_file import parse, with_versions
     from spendfuse.cli import kafka
@@ -190,6 +212,8 @@ async def apply_text(
     )
     changes, records = difference(wanted, found.workspaces, in_force, prune=prune)
     if not dry_run and records:
+        if say is not None:
+            await say([change for change in changes if change.state in ("new", "changed", "withdrawn")])
         async with kafka.sending(where) as send:
             for key, record in records:
                 kind = "budget.v1" if record is not None else "budget.withdrawn.v1"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from spendfuse.cli.operator_entry import Whoever
 from spendfuse.cli.options import STATE_DIR, Json, Servers, StateDir, command, duration, examples
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ def replay(
     all_: Annotated[bool, typer.Option("--all", help="Every letter there is.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also what did not come from spendfuse.usage.v1.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent; send nothing.")] = False,
+    by: Whoever = "",
+    why: Annotated[str, typer.Option(metavar="TEXT", help="Why; the ledger keeps it.")] = "",
     bootstrap_servers: Servers = None,
     state_dir: StateDir = STATE_DIR,
     as_json: Json = False,
@@ -159,14 +162,15 @@ def replay(
 
     For when the reason has gone: a worker that knows more, a clock set right. A usage that was charged meanwhile is
     a duplicate by its id, and not charged again; one that is still at fault becomes another dead letter. Exit 1 when
-    a letter could not be replayed.
+    a letter could not be replayed. The ledger gets an entry of it first.
     """
-    from spendfuse.cli import console, kafka, target
+    from spendfuse.cli import console, kafka, operator_entry, target
     from spendfuse.cli.faults import EXIT_FAILED, usage_error
     from spendfuse.pipeline.dead_letters import row, why_not
 
     if not (offsets or reason or topic or since or until or all_):
         raise usage_error("say which dead letters: their offsets, --reason, --topic, --since, --until, or --all")
+    by = operator_entry.named(by, why)
     where = target.find(bootstrap_servers, state_dir)
     chosen = _filter(reason, topic, since, until)._replace(offsets=frozenset(offsets or []))
     letters = _held(where, chosen)
@@ -174,7 +178,7 @@ def replay(
         raise _no_letter(missing)
     kept = [(letter, why_not(letter, force=force)) for letter in letters]
     good = [letter for letter, fault in kept if fault is None]
-    placed = {} if dry_run or not good else kafka.run(_send(where, good))
+    placed = {} if dry_run or not good else kafka.run(_send(where, good, by, why))
     if as_json:
         rows = [
             {**row(letter), "refused": fault, "placed": placed.get(letter.offset)} for letter, fault in kept
@@ -214,8 +218,8 @@ def _held(where: "Target", chosen: "Filter") -> "list[Letter]":
     return letters
 
 
-async def _send(where: "Target", letters: "list[Letter]") -> dict[int, str]:
-    from spendfuse.cli import kafka
+async def _send(where: "Target", letters: "list[Letter]", by: str, why: str) -> dict[int, str]:
+    from spendfuse.cli import kafka, operator_entry
     from spendfuse.cli.faults import CliError
     from spendfuse.pipeline.dead_letters import replay_of
 
@@ -227,6 +231,8 @@ async def _send(where: "Target", letters: "list[Letter]") -> dict[int, str]:
                 f"dead letter {letter.offset} came from {letter.origin}, and there are {counts[to.topic]} partitions"
             )
     placed = {}
+    about = {"letters": len(letters), "offsets": operator_entry.some([letter.offset for letter in letters])}
+    await operator_entry.send_as(where, "replay dead letters", about, by, why)
     async with kafka.sending(where) as send:
         for letter in letters:  # one after the other: their order is part of what they were
             again = replay_of(letter)

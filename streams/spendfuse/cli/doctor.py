@@ -24,7 +24,7 @@ SLOW_MS: Final = 500
 HEARTBEAT_WAIT_S: Final = 4.0
 FRESH_MS: Final = 15_000
 LAG_MAX: Final = 100_000
-BEHIND_MS_MAX: Final = 60_000
+BEHIND_S_MAX: Final = 60
 """As old as a ledger message may be before it is in ClickHouse; a batch waits for a second at most."""
 SKEW_WARN_MS: Final = 2_000
 SKEW_FAIL_MS: Final = 300_000
@@ -297,9 +297,9 @@ def trail_state(lag: "LedgerLag", now_ms: int) -> Check:
     """Say how far the trail is behind its ledger."""
     if not lag.messages:
         return Check("trail", "ok", "ClickHouse has every message of the ledger")
-    age_ms = 0 if lag.oldest_ms is None else max(now_ms - lag.oldest_ms, 0)
-    found = f"{lag.messages:,} ledger messages are not in ClickHouse, the oldest for {age_ms // 1_000:,} s"
-    if age_ms <= BEHIND_MS_MAX:
+    age_s = lag.age_s(now_ms)
+    found = f"{lag.messages:,} ledger messages are not in ClickHouse, the oldest for {age_s:,} s"
+    if age_s <= BEHIND_S_MAX:
         return Check("trail", "ok", found)
     advice = "see the log of `spendfuse audit run`: is ClickHouse away, full or slow? Halts go on without it"
     return Check("trail", "warning", found, advice)

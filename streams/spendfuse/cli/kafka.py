@@ -12,7 +12,7 @@ from aiokafka.errors import KafkaError
 
 from spendfuse.cli.faults import EXIT_UNAVAILABLE, CliError
 from spendfuse.cli.target import Target
-from spendfuse.client.connection import Consumer, client_options, consumer_options, producer_options
+from spendfuse.client.connection import Consumer, client_options, close, consumer_options, producer_options
 from spendfuse.client.follow import Follower, Record
 from spendfuse.settings import BrokerSettings
 
@@ -133,8 +133,7 @@ async def sending(target: Target) -> AsyncIterator[Send]:
         try:
             yield send
         finally:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(producer.stop(), CLOSE_TIMEOUT_S)
+            await close(producer, CLOSE_TIMEOUT_S)
 
 
 async def _producer(broker: BrokerSettings) -> Any:
@@ -143,8 +142,7 @@ async def _producer(broker: BrokerSettings) -> Any:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             await producer.start()
     except BaseException:
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(producer.stop(), CLOSE_TIMEOUT_S)
+        await close(producer, CLOSE_TIMEOUT_S)
         raise
     return producer
 
@@ -169,5 +167,4 @@ async def tail(target: Target, topic: str) -> AsyncIterator[Callable[[int], Awai
 
             yield poll
         finally:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(consumer.stop(), CLOSE_TIMEOUT_S)
+            await close(consumer, CLOSE_TIMEOUT_S)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from spendfuse.cli.options import Json, command, duration, examples
+from spendfuse.cli.operator_entry import Reason, Whoever
+from spendfuse.cli.options import STATE_DIR, Json, Servers, StateDir, command, duration, examples
 
 if TYPE_CHECKING:
     from spendfuse.client.keys import PublicKey
@@ -172,18 +173,33 @@ def rotate(
         str, typer.Option(metavar="TIME", help="With --finish: how long guards still believe the old key.")
     ] = OVERLAP_DEFAULT,
     kid: Kid = None,
+    by: Whoever = "",
+    reason: Reason = "",
+    bootstrap_servers: Servers = None,
+    state_dir: StateDir = STATE_DIR,
     as_json: Json = False,
 ) -> None:
     """Replace the key that signs, in two steps, so that no guard ever meets a key it does not know.
 
     First: a new pair; public.key then holds both. Give it to every guard and worker, and restart them.
     Then, with --finish: signing.key becomes the new key, and the old one ends after --overlap. Restart the workers;
-    they sign again, with the new key, whatever still holds.
+    they sign again, with the new key, whatever still holds. The ledger gets an entry of each step, signed with the key
+    that signs until then, where Kafka can be reached.
     """
+    from spendfuse.cli import console, operator_entry, target
+    from spendfuse.client.keys import Signer
+
+    by = operator_entry.named(by, reason)
+    before, _, _ = _known(directory)
+    signing = _read(directory / SIGNING_FILE)
     lines = _finish(directory, overlap) if finish else _begin(directory, kid)
-    from spendfuse.cli import console
 
     signer, coming, public = _known(directory)
+    about = {"step": "finish" if finish else "begin", "from": before, "to": signer if finish else coming}
+    signs = Signer.parse(signing) if signing else None
+    operator_entry.record_if_possible(
+        target.find(bootstrap_servers, state_dir), "rotate keys", about, by, reason, signs
+    )
     if as_json:
         console.data({"signs": signer, "next": coming, "public_keys": _format(public)})
         return

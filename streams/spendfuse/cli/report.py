@@ -10,6 +10,8 @@ from spendfuse.cli.audit import audit
 from spendfuse.cli.options import STATE_DIR, Json, StateDir, command, examples
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from spendfuse.audit.reports import Chargeback, Period, Report, RunRecord
     from spendfuse.cli.console import Cell
     from spendfuse.cli.target import Target
@@ -114,7 +116,7 @@ def duplicates(
     where = _target(state_dir)
     period, _ = _period(where, month, from_, to)
     with trail.asking(where) as client:
-        found = read_duplicates(client, period, workspace)
+        found = read_duplicates(client, period, workspace, _progress())
     if csv:
         _write_csv(found.as_csv())
     elif as_json:
@@ -127,6 +129,19 @@ def duplicates(
     else:
         console.line(f"no call of {period} was charged twice")
     raise typer.Exit(1 if found.rows else 0)
+
+
+def _progress() -> "Callable[[int, int], None]":
+    """Return what says on a terminal how many calls have been looked at; elsewhere nothing is said."""
+    from spendfuse.cli import console
+
+    err = console.err()
+
+    def show(done: int, total: int) -> None:
+        if err.is_terminal:
+            err.print(f"{done:,} of {total:,} calls", end="\n" if done >= total else "\r", highlight=False)
+
+    return show
 
 
 def run(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spendfuse.cli.operator_entry import Reason, Whoever
 from spendfuse.cli.options import STATE_DIR, Json, Servers, StateDir, command, examples
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def rebuild(
     stopped: Annotated[
         bool, typer.Option("--stopped", help="Every worker is stopped, whatever the broker says of its groups.")
     ] = False,
+    by: Whoever = "",
+    reason: Reason = "",
     bootstrap_servers: Servers = None,
     state_dir: StateDir = STATE_DIR,
     as_json: Json = False,
@@ -59,19 +62,24 @@ def rebuild(
     """Write the worker's tables anew: sums, watermarks, remembered ids, fuses.
 
     Stop every worker for it, and give it their settings (SPENDFUSE_PARTITIONS, keys, app id). It may be run again, also
-    after it was killed in the middle: until it has ended no worker starts. Calls in flight are not rebuilt.
+    after it was killed in the middle: until it has ended no worker starts. Calls in flight are not rebuilt. The ledger
+    gets an entry of it first.
     """
-    from spendfuse.cli import console, kafka, target
+    from spendfuse.cli import console, kafka, operator_entry, target
     from spendfuse.pipeline import rebuild_write
     from spendfuse.settings import WorkerSettings
 
     where = target.find(bootstrap_servers, state_dir)
     settings = WorkerSettings.from_env(where.env)
+    by = operator_entry.named(by, reason)
 
     async def work(progress: Callable[[str, int, int], None]) -> "tuple[Prepared, Written | None]":
         async with kafka.reaching(where):
             if not plan:
                 await rebuild_write.refuse_workers(where.broker, settings, stopped=stopped)
+                # Before the ledger is read: one that grows afterwards is refused.
+                about = {"from": str(source), "app_id": settings.app_id}
+                await operator_entry.send_as(where, "rebuild state", about, by, reason)
             prepared = await _prepare(where, settings, source, progress)
             if plan:
                 return prepared, None

@@ -10,13 +10,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import RenderableType
+    from rich.text import Text
 
+    from spendfuse.audit.lag import LedgerLag
     from spendfuse.cli.target import Target
     from spendfuse.engine.wallet import WalletRow
     from spendfuse.pipeline.wallet import LiveWallet, WalletHeader
 
 INTERVAL_S_DEFAULT: Final = 1.0
 LIMIT_DEFAULT: Final = 40
+TRAIL_LOOK_S: Final = 5.0
+BEHIND_S_MAX: Final = 60
+"""As old as a ledger message may be before it is in ClickHouse; a batch waits for a second at most."""
 
 
 def register(app: typer.Typer) -> None:
@@ -56,10 +61,11 @@ def status(
 
     where = target.find(bootstrap_servers, state_dir)
     wallet = LiveWallet(where.operator.app_id, where.verifier())
-    show = _Show(wallet, where, scope, None if as_json else limit, everything=everything, as_json=as_json)
+    trail = _Trail(where)
+    show = _Show(wallet, where, trail, scope, None if as_json else limit, everything=everything, as_json=as_json)
     watching = watch if watch is not None else console.out().is_terminal and not as_json
     try:
-        kafka.run(_watch(where, wallet, show, interval) if watching else _once(where, wallet, show))
+        kafka.run(_watch(where, wallet, show, trail, interval) if watching else _once(where, wallet, show, trail))
     except KeyboardInterrupt:
         if not watching:
             raise
@@ -72,6 +78,58 @@ def render(rows: "Sequence[WalletRow]", header: "WalletHeader", *, limit: int | 
     return wallet_view.render(rows, header, limit=limit)
 
 
+class _Trail:
+    """How far ClickHouse is behind the ledger, as Kafka says: also when the audit process or every worker is dead."""
+
+    def __init__(self, where: "Target") -> None:
+        self._where = where
+        self.lag: LedgerLag | None = None
+
+    async def look(self) -> None:
+        """Ask once; None where it cannot be known, which stops nobody from seeing the rest."""
+        from aiokafka.errors import KafkaError
+
+        from spendfuse.wire.topics import LEDGER
+
+        if self._where.up is not None and self._where.up.clickhouse_directory is None:
+            return
+        try:
+            from spendfuse.audit.lag import ledger_lag
+
+            self.lag = await ledger_lag(self._where.broker, ledger=LEDGER.name)
+        except (ModuleNotFoundError, KafkaError, OSError, TimeoutError):
+            self.lag = None
+
+    async def follow(self) -> None:
+        """Ask for ever."""
+        import asyncio
+
+        while True:
+            await self.look()
+            await asyncio.sleep(TRAIL_LOOK_S)
+
+
+def trail_data(lag: "LedgerLag | None", now_ms: int) -> dict[str, Any] | None:
+    """Return the audit's lag as plain data; None where no audit has ever run, or it cannot be known."""
+    if lag is None or not lag.begun:
+        return None
+    age_s = lag.age_s(now_ms)
+    return {"messages": lag.messages, "oldest_s": age_s, "behind": age_s > BEHIND_S_MAX}
+
+
+def trail_line(lag: "LedgerLag | None", now_ms: int) -> "Text":
+    """Return the audit's lag for a person."""
+    from rich.text import Text
+
+    said = trail_data(lag, now_ms)
+    if said is None:
+        return Text("audit: none has written here yet", style="dim")
+    if not said["messages"]:
+        return Text("audit: ClickHouse has every message of the ledger", style="green")
+    found = f"audit: {said['messages']:,} ledger messages are not in ClickHouse, the oldest for {said['oldest_s']:,} s"
+    return Text(found, style="yellow" if said["behind"] else "")
+
+
 class _Show:
     """How the wallet is shown: filtered, and as a table or JSON."""
 
@@ -79,6 +137,7 @@ class _Show:
         self,
         wallet: "LiveWallet",
         where: "Target",
+        trail: _Trail,
         scope: str | None,
         limit: int | None,
         *,
@@ -89,6 +148,7 @@ class _Show:
 
         self.as_json = as_json
         self._wallet = wallet
+        self._trail = trail
         self._clock = where.clock
         self._wall_ms = wall_ms
         self._scope = scope
@@ -105,8 +165,10 @@ class _Show:
 
     def table(self) -> "RenderableType":
         """Return the wallet of this moment for a person."""
+        from rich.console import Group
+
         rows, header = self.now()
-        return render(rows, header, limit=self._limit)
+        return Group(trail_line(self._trail.lag, self._wall_ms()), render(rows, header, limit=self._limit))
 
     def print(self) -> None:
         """Print the wallet of this moment."""
@@ -114,8 +176,9 @@ class _Show:
 
         rows, header = self.now()
         if self.as_json:
-            console.data(as_data(rows, header))
+            console.data(as_data(rows, header) | {"audit": trail_data(self._trail.lag, self._wall_ms())})
             return
+        console.out().print(trail_line(self._trail.lag, self._wall_ms()))
         console.out().print(render(rows, header, limit=self._limit))
         if not rows:
             console.note(_nothing(header, everything=self._everything, scope=self._scope))
@@ -172,15 +235,16 @@ def _nothing(header: "WalletHeader", *, everything: bool, scope: str | None) -> 
     return "nothing to show"
 
 
-async def _once(where: "Target", wallet: "LiveWallet", show: _Show) -> None:
+async def _once(where: "Target", wallet: "LiveWallet", show: _Show, trail: _Trail) -> None:
     from spendfuse.cli import kafka
 
     counts = await kafka.partition_counts(where)
     await kafka.read_to_end(where, {topic: wallet.on_record for topic in wallet.topics if topic in counts})
+    await trail.look()
     show.print()
 
 
-async def _watch(where: "Target", wallet: "LiveWallet", show: _Show, interval_s: float) -> None:
+async def _watch(where: "Target", wallet: "LiveWallet", show: _Show, trail: _Trail, interval_s: float) -> None:
     import asyncio
     import contextlib
 
@@ -191,6 +255,9 @@ async def _watch(where: "Target", wallet: "LiveWallet", show: _Show, interval_s:
 
     counts = await kafka.partition_counts(where)
     async with contextlib.AsyncExitStack() as stack:
+        await trail.look()
+        looking = asyncio.create_task(trail.follow(), name="audit lag")
+        stack.callback(looking.cancel)
         followers = [
             await stack.enter_async_context(Follower(where.broker, topic, wallet.on_record, client_id=kafka.CLIENT_ID))
             for topic in wallet.topics

@@ -1,5 +1,6 @@
 """From `BrokerSettings` to what aiokafka's clients take. The result may hold a password: never log or print it."""
 
+import asyncio
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer  # noqa: TID251 - made safe below, for everybody else
@@ -13,6 +14,8 @@ from spendfuse.wire.topics import MESSAGE_BYTES_MAX
 REQUEST_TIMEOUT_MS: Final = 10_000
 """Longest a request, or a record waiting in a producer, takes before it fails and is tried anew."""
 RETRY_BACKOFF_MS: Final = 100
+CLOSE_S_MAX: Final = 15.0
+"""Longest a client's end is waited for: what a producer still holds is sent, or has failed, by then."""
 METADATA_AGE_MS_MAX: Final = 60_000
 
 
@@ -68,6 +71,18 @@ def consumer_options(broker: BrokerSettings, client_id: str) -> dict[str, Any]:
         "rebalance_timeout_ms": broker.rebalance_timeout_ms,
         "heartbeat_interval_ms": broker.heartbeat_interval_ms,
     }
+
+
+async def close(end: Any, within_s: float = CLOSE_S_MAX) -> None:
+    """Stop a consumer or producer and wait no longer than `within_s`: with a fetch on its way aiokafka may never end.
+
+    What hangs may swallow a cancellation too, so that is not waited for. An error of a stop matters to nobody.
+    """
+    closing = asyncio.ensure_future(end.stop())
+    closing.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, or asyncio complains
+    done, _ = await asyncio.wait({closing}, timeout=within_s)
+    if not done:
+        closing.cancel()
 
 
 class Consumer(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka ships no types

@@ -1,7 +1,6 @@
 """Reading a whole topic without a consumer group: from its beginning to what it held at the start, then live."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Self
@@ -10,7 +9,7 @@ from zlib import crc32
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from spendfuse.client.connection import Consumer, consumer_options
+from spendfuse.client.connection import Consumer, close, consumer_options
 from spendfuse.settings import BrokerSettings
 
 BACKOFF_S_MIN: Final = 0.1
@@ -139,8 +138,7 @@ class Follower:
             while True:
                 await self._deliver_round(consumer, partitions)
         finally:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(consumer.stop(), STOP_TIMEOUT_S)
+            await close(consumer, STOP_TIMEOUT_S)
 
     async def _existing_partitions(self, consumer: Any) -> list[TopicPartition]:
         # All topics are asked for: asking for one by its name would create it, with the broker's partition count.

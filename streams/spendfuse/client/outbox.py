@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from spendfuse.client.background import BACKGROUND
-from spendfuse.client.connection import producer_options
+from spendfuse.client.connection import close, producer_options
 from spendfuse.settings import BrokerSettings
 
 ROUND_ITEMS_MAX: Final = 2_000
@@ -318,5 +318,4 @@ class Outbox(Generic[T]):
 
 
 async def _stop(producer: Any) -> None:
-    with contextlib.suppress(Exception):
-        await asyncio.wait_for(producer.stop(), DISCONNECT_TIMEOUT_S)
+    await close(producer, DISCONNECT_TIMEOUT_S)

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer
 
 from spendfuse.audit.queries import connect_to, load
 from spendfuse.client.clock import ScaledClock, wall_clock
-from spendfuse.client.connection import producer_options
+from spendfuse.client.connection import close, producer_options
 from spendfuse.client.follow import Follower, Record
 from spendfuse.embedded.stack import EmbeddedStack
 from spendfuse.pipeline.feed import budget_key
@@ -73,7 +73,7 @@ async def apply_budgets(broker: BrokerSettings, records: Sequence[Budget | Works
                 headers=headers("budget.v1", "//spendfuse/demo", key, now),
             )
     finally:
-        await producer.stop()
+        await close(producer)
     wanted = sum(isinstance(record, Budget) for record in records)
     in_force = asyncio.Event()
 

@@ -94,6 +94,8 @@ _WALLET: Final[tuple[Row | Panel, ...]] = (
             "issued_by": {"displayName": "by"},
         },
     ),
+    Row(17, "How old is what is shown?"),
+    Panel(18, "Audit lag", "audit_lag", "timeseries", TIME_SERIES, 24, 7, "s"),
 )  # fmt: skip
 
 _VARIABLES: Final = (

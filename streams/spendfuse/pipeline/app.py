@@ -264,6 +264,10 @@ class _Beside(Service):
         await self.services.heartbeats()
 
     @Service.task
+    async def watch_trail(self) -> None:
+        await self.services.watch_trail()
+
+    @Service.task
     async def stay_awake(self) -> None:
         while not self.should_stop:  # by itself: a flush may wait for a broker longer than a session, and is awake
             self.awake.tick()

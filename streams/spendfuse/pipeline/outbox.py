@@ -1,7 +1,6 @@
 """Where the worker puts what it publishes: one aiokafka producer for all of it."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -9,7 +8,7 @@ from typing import Any, Final
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, KafkaTimeoutError
 
-from spendfuse.client.connection import producer_options
+from spendfuse.client.connection import close, producer_options
 from spendfuse.pipeline.awake import Awake
 from spendfuse.pipeline.records import Delivery, Headers
 from spendfuse.settings import BrokerSettings
@@ -45,7 +44,7 @@ class KafkaOutbox:
         try:
             await producer.start()
         except BaseException:  # told to stop meanwhile, too
-            await producer.stop()
+            await close(producer)
             raise
         self._guard(producer)
         self._producer = producer
@@ -66,8 +65,7 @@ class KafkaOutbox:
         """Send what is waiting and close; what a broker does not take by then is done again by who comes next."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(producer.stop(), STOP_S)
+            await close(producer, STOP_S)
 
     async def put(
         self, topic: str, *, key: bytes, value: bytes | None, partition: int | None = None, headers: Headers = ()

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from aiokafka import TopicPartition
 
-from spendfuse.client.connection import Consumer, consumer_options
+from spendfuse.client.connection import Consumer, close, consumer_options
 from spendfuse.pipeline.codec import UnreadableStateError
 from spendfuse.pipeline.rebuild_mark import RebuildMark, mark_topic, read_mark
 from spendfuse.settings import BrokerSettings
@@ -84,8 +84,7 @@ class KafkaEnds:
 
 async def stop(consumer: Any) -> None:
     """Stop a consumer, and wait no longer than a while: with a fetch on its way aiokafka may wait for ever."""
-    with contextlib.suppress(Exception):
-        await asyncio.wait_for(consumer.stop(), STOP_S)
+    await close(consumer, STOP_S)
 
 
 async def end_of(consumer: Any, place: TopicPartition) -> int:

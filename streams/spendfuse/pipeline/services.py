@@ -18,8 +18,9 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
 from spendfuse import __version__
+from spendfuse.audit.lag import LedgerLag, ledger_lag
 from spendfuse.client.clock import Clock
-from spendfuse.client.connection import Consumer, consumer_options
+from spendfuse.client.connection import Consumer, close, consumer_options
 from spendfuse.client.follow import Follower, Record
 from spendfuse.pipeline import recorder
 from spendfuse.pipeline.feed import PolicyFeed
@@ -30,10 +31,11 @@ from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.recorder import RECORDED
 from spendfuse.pipeline.records import SourceRecord
 from spendfuse.pipeline.register import Register
+from spendfuse.pipeline.trail_watch import TrailLag, trail_alert, watch
 from spendfuse.settings import BrokerSettings, WorkerSettings
 from spendfuse.wire.base import from_us
 from spendfuse.wire.control import Alert, Heartbeat
-from spendfuse.wire.topics import BUDGETS, COMMANDS, PRICES, USAGE
+from spendfuse.wire.topics import ALERTS, BUDGETS, COMMANDS, PRICES, USAGE
 
 INTAKE_RECORDS_MAX: Final = 2_000
 RECORDER_RECORDS_MAX: Final = 500
@@ -42,6 +44,7 @@ COMMIT_INTERVAL_S: Final = 1.0
 LEAVE_S_MAX: Final = 3.0
 """Longest that a worker which is told to stop waits for the end of what it handles, and to leave a group."""
 NS_PER_US: Final = 1_000
+NS_PER_MS: Final = 1_000_000
 
 log: Any = structlog.get_logger("spendfuse.worker")
 
@@ -127,7 +130,7 @@ class GroupReader:
 
     async def _stop(self, consumer: Consumer) -> None:
         try:
-            await consumer.stop()
+            await close(consumer)
         finally:
             self._left.set()
 
@@ -153,6 +156,10 @@ class GroupReader:
         with contextlib.suppress(CommitFailedError, IllegalStateError):
             await consumer.commit()
 
+    def owns(self, topic: str, partition: int) -> bool:
+        """Say whether a partition is assigned to this reader now."""
+        return self._consumer is not None and TopicPartition(topic, partition) in self._consumer.assignment()
+
     def reading(self) -> Reading:
         """Return what of the partitions owned has been handled, and where they end."""
         position = total = 0
@@ -172,6 +179,11 @@ class GroupReader:
             position += min(state.position, self._in_hand.get(partition, state.position))
             total += max(end, state.position)
         return Reading(owned, position, total, is_known)
+
+
+def _wall_ms() -> int:
+    """Return the machine's time in ms: Kafka's stamps are the wall's, whatever clock usage is judged by."""
+    return time.time_ns() // NS_PER_MS
 
 
 def source_record(record: ConsumerRecord) -> SourceRecord:
@@ -339,6 +351,20 @@ class Services:
         records = sum(reading.records for reading in stages.values())
         self._untold = lag_alert(self._emitter, self._staleness.lag_us, records, self._clock(), over=not turned)
         log.warning("stale" if turned else "live again", lag_s=self._staleness.lag_us // SECOND_US, records=records)
+
+    async def watch_trail(self) -> None:
+        """Say for ever when the audit falls too far behind the ledger, and when it has caught up."""
+        await self.ready.wait()
+        await watch(
+            TrailLag(self._settings.audit_lag_s),
+            lambda: ledger_lag(self._broker),
+            is_mine=lambda: self._recorder.owns(ALERTS.name, 0),
+            tell=self._tell_trail,
+            now_ms=_wall_ms,
+        )
+
+    async def _tell_trail(self, lag: LedgerLag, over: bool) -> None:
+        await (await self._publisher.alert(trail_alert(lag, _wall_ms(), self._clock(), over=over)))
 
     def _on_budget(self, record: Record) -> None:
         refused = self._feed.budget_record(record.key, record.value)
