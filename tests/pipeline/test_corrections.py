@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.samples import BOOK, INPUT_NANOS, OUTPUT_NANOS, budget, call, cap
+from pipeline.test_rebuild import check_same_tables, put_in, rebuilt_for_another_kafka, rebuilt_from_ledger
 from spendfuse.client.keys import Signer, generate
 from spendfuse.testing import PipelineDriver
 from spendfuse.wire import encode
@@ -265,3 +266,35 @@ def test_no_order_split_or_repetition_of_usages_and_corrections_changes_the_tota
             pipeline.crash()
     tokens = sum(calls) + sum(difference for _, difference in fixes)
     assert totals(pipeline) == [(max(tokens, 0) * OUTPUT_NANOS, max(tokens, 0), len(calls))] * 4
+
+
+def corrected_pipeline() -> tuple[PipelineDriver, Any]:
+    """A team that was halted, and resumed by a correction of one of its two calls."""
+    pipeline = driver(budget("team:acme/*", cap(150 * OUTPUT_NANOS)))
+    usage = call(pipeline, output=100)
+    pipeline.emit(usage)
+    pipeline.emit(call(pipeline, "acme/research/other", output=60))
+    pipeline.advance(minutes=5)
+    pipeline.correct(usage, "fix-1", output=-40, cost_nanos=-40 * OUTPUT_NANOS)
+    assert [command.action for command in pipeline.commands()] == ["halt", "resume"]
+    return pipeline, usage
+
+
+def test_tables_rebuilt_from_the_ledger_have_its_corrections_and_know_them_again() -> None:
+    pipeline, usage = corrected_pipeline()
+    rebuilt = rebuilt_from_ledger(pipeline)
+    check_same_tables(pipeline, rebuilt)
+    put_in(pipeline, rebuilt)
+    pipeline.correct(usage, "fix-1", output=-40, cost_nanos=-40 * OUTPUT_NANOS)
+    assert pipeline.spend(TEAM) == (120 * OUTPUT_NANOS, 120, 2)
+    assert pipeline.dead_letters()[0].reason.startswith("correction: duplicate")
+
+
+def test_a_new_kafka_takes_the_corrections_of_the_trail_over_and_refuses_them_from_a_spool() -> None:
+    old, usage = corrected_pipeline()
+    new = driver(start=old.now_us)
+    put_in(new, rebuilt_for_another_kafka(old, new))
+    assert new.spend(TEAM) == (120 * OUTPUT_NANOS, 120, 2)
+    new.correct(usage, "fix-1", output=-40, cost_nanos=-40 * OUTPUT_NANOS)
+    assert new.spend(TEAM) == (120 * OUTPUT_NANOS, 120, 2)
+    assert new.dead_letters()[0].reason.startswith("correction: duplicate")
