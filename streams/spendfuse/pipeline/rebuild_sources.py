@@ -172,7 +172,9 @@ def fold_trail(
         bounds = {"former_seq": former.get(partition, 0), "former": from_us(former_us)}
         for row in _pages(client, {"partition": partition, "seq_from": seq_from, "seq_to": seq_to, **bounds}):
             space, team, agent, run, call_id, ts_us, at_us, nanos, tokens = row[:9]
-            rebuilt.charge(Charged(space, team, agent, run, call_id, int(ts_us), int(at_us), int(nanos), int(tokens)))
+            charged = Charged(space, team, agent, run, call_id, int(ts_us), int(at_us), int(nanos), int(tokens))
+            stated_us = int(row[12])  # 0: no correction
+            rebuilt.charge(charged._replace(stated_us=stated_us) if stated_us else charged)
         done += rows
         progress(done, total)
 
