@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 HERE = Path(__file__).resolve().parent
 TOPIC = "spendfuse.commands.v1"
 ACKS_TOPIC = "spendfuse.acks.v1"
+USAGE = "spendfuse.usage.v1"
 AGENT, TEAM, WORKSPACE, RUN = "agent:acme/research/planner", "team:acme/research", "workspace:acme", "run:acme/root-1"
 SCOPES = [AGENT, TEAM, WORKSPACE, RUN]
 END = "2026-11-23T12:00:00Z"
@@ -49,12 +50,15 @@ def signatures() -> dict[str, Any]:
     key, value = f"{AGENT}|b|day".encode(), b'{"v":1}'
     good = header("sf-2026-11", key, value)
     signature = good.rpartition(";")[2]
+    fixed, fix = AGENT.removeprefix("agent:").encode(), b'{"v":1,"type":"correction"}'
     morning, evening = "2026-11-23T11:59:59.999999Z", END
     rows: list[tuple[str, str, bytes, bytes, str | None, str, str]] = [
         ("right", TOPIC, key, value, good, morning, "sf-2026-11"),
         ("right, of a second key", TOPIC, key, value, header("ops", key, value), evening, "ops"),
         ("of a retiring key, before its end", TOPIC, key, value, header("retired", key, value), morning, "retired"),
         ("of a retired key, at its end", TOPIC, key, value, header("retired", key, value), evening, "key retired"),
+        ("a correction among the usage", USAGE, fixed, fix, header("ops", fixed, fix, USAGE), evening, "ops"),
+        ("a correction, signed for the commands", USAGE, fixed, fix, header("ops", fixed, fix), evening, "wrong"),
         ("none", TOPIC, key, value, None, morning, "unsigned"),
         ("value changed", TOPIC, key, value + b" ", good, morning, "wrong"),
         ("key changed", TOPIC, key + b"2", value, good, morning, "wrong"),

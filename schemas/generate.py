@@ -33,7 +33,9 @@ RFC3339_PATTERN: Final = (
 MODELS: Final[dict[str, type[wire.WireModel]]] = {
     "usage": wire.Usage,
     "usage-pack": wire.UsagePack,
+    "correction": wire.Correction,
     "packed": wire.Packed,
+    "packed-corrections": wire.PackedCorrections,
     "budget": wire.Budget,
     "workspace-settings": wire.WorkspaceSettings,
     "price-override": wire.PriceOverride,
@@ -90,8 +92,10 @@ class Channel(NamedTuple):
 
 
 CHANNELS: Final[dict[str, Channel]] = {
-    "usage": Channel(topics.USAGE, ("usage", "usage-pack"), ("receive",), "any emitter sends"),
-    "usagePacked": Channel(topics.PACKED, ("packed",), ("send", "receive"), "the intake sends, the meter receives"),
+    "usage": Channel(topics.USAGE, ("usage", "usage-pack", "correction"), ("receive",), "any emitter sends"),
+    "usagePacked": Channel(
+        topics.PACKED, ("packed", "packed-corrections"), ("send", "receive"), "the intake sends, the meter receives"
+    ),
     "usageDeadLetters": Channel(topics.DEAD_LETTERS, ("dead-letter",), ("send",), "an operator reads"),
     "budgets": Channel(
         topics.BUDGETS, ("budget", "workspace-settings"), ("receive",), "`spendfuse budget apply` sends"
@@ -120,6 +124,7 @@ CLOUDEVENTS_HEADERS: Final[dict[str, Any]] = {
         "content-type": {"type": "string", "const": "application/json"},
     },
 }
+SIGNED: Final = frozenset({"command", "correction", "remaining", "heartbeat", "ack"})
 SIGNED_HEADERS: Final[dict[str, Any]] = {
     **CLOUDEVENTS_HEADERS,
     "properties": {
@@ -193,7 +198,7 @@ def _message(name: str, channel: Channel) -> dict[str, Any]:
         "title": model.__name__,
         "summary": (model.__doc__ or "").strip().splitlines()[0],
         "contentType": "application/json",
-        "headers": SIGNED_HEADERS if name in {"command", "remaining", "heartbeat", "ack"} else CLOUDEVENTS_HEADERS,
+        "headers": SIGNED_HEADERS if name in SIGNED else CLOUDEVENTS_HEADERS,
         "payload": {"$ref": f"./json/{schema_name(name)}"},
         "bindings": {"kafka": {"key": key, "bindingVersion": KAFKA_BINDING}},
     }

@@ -32,7 +32,9 @@ EVIDENCE: Final = {
     "ledger_events",
     "audit_batches",
     "sealing",
+    "spend_rollups",
     "chargeback_projection",
+    "corrections",
 }
 """The migrations of what is sealed; a trail without rollups is made in a tenth of the time."""
 SYNC: Final = " SETTINGS mutations_sync = 2"
@@ -87,7 +89,7 @@ def fork(database: Database) -> None:
 IN_1: Final = "ledger_partition = 0 AND batch_seq = 1"
 IN_2: Final = "ledger_partition = 0 AND batch_seq = 2"
 IN_3: Final = "ledger_partition = 0 AND batch_seq = 3"
-EVENTS: Final = "usage_events", "commands", "acks", "alerts", "ledger_events"
+EVENTS: Final = "usage_events", "corrections", "commands", "acks", "alerts", "ledger_events"
 HEADER_2: Final = "ledger_partition = 0 AND seq = 2"
 TAIL: Final = "ledger_partition = 0 AND batch_seq >= 4"
 FIRST: Final = "ledger_partition = 0 AND usage_id = 'call-0-1'"
@@ -101,6 +103,8 @@ ATTACKS: Final[dict[str, Attack]] = {
         "ALTER TABLE usage_events MODIFY COLUMN cost_center LowCardinality(String) MATERIALIZED 'cc-9'",
         "ALTER TABLE usage_events MATERIALIZE COLUMN cost_center IN PARTITION '202503'",
     ),
+    "a correction": run(update("corrections", "cost_nanos = cost_nanos + 1", "ledger_partition = 0")),
+    "a correction deleted": run("ALTER TABLE corrections DELETE WHERE ledger_partition = 0"),
     "a flag": run(update("usage_events", "late = 1 - late", FIRST)),
     "a command's message": run(update("commands", "message = 'nothing happened'", "ledger_partition = 0")),
     "a null": run(update("commands", "cause_ts = toDateTime64(0, 6, 'UTC')", HEADER_2)),

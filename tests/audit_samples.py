@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spendfuse.wire.base import encode
 from spendfuse.wire.control import Ack, Cause, Command, CommandWindow, Measure
+from spendfuse.wire.correction import Correction, TokenDifferences
 from spendfuse.wire.ledger import Charge, LedgerBatch, LedgerEntry
 from spendfuse.wire.usage import Tokens, Usage
 
@@ -53,6 +54,35 @@ def charge(nth: int, *, kind: str = "charge", partition: int = 0, **usage: Any) 
             cost_nanos=nth * 1_000_003 + 7, currency="USD", price_book="test-1", priced_by="book",
             rates=[5_000_000_000, 500_000_000, 6_250_000_000, 10_000_000_000, 25_000_000_000],
         ),
+    )  # fmt: skip
+
+
+def correction(of: LedgerEntry, offset: int, *, tokens: int = -5, **given: Any) -> LedgerEntry:
+    """A correction of a charge: `tokens` more output and one nano-unit more for each, an hour after it was recorded."""
+    usage, priced = of.usage, of.charge
+    assert usage is not None
+    assert priced is not None
+    same = (
+        "workspace",
+        "team",
+        "agent",
+        "run",
+        "root_run",
+        "parent_run",
+        "workflow",
+        "provider",
+        "model",
+        "tier",
+        "tags",
+    )
+    values = {name: getattr(usage, name) for name in same} | {
+        "type": "correction", "id": f"fix-{usage.id}", "usage_id": usage.id, "ts": usage.ts,
+        "at": of.at + timedelta(hours=1), "tokens": TokenDifferences(output=tokens), "cost_nanos": tokens,
+        "currency": priced.currency, "reason": "invoice", "note": "INV-7", "by": "ada",
+    }  # fmt: skip
+    return LedgerEntry(
+        kind="correction", topic="spendfuse.usage.v1", partition=of.partition, offset=offset,
+        at=of.at + timedelta(hours=1), correction=Correction(**(values | given)),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from audit_samples import START, ack_entry, charge, command_entry, halt, message
+from audit_samples import START, ack_entry, charge, command_entry, correction, halt, message
 from spendfuse.audit.batches import BatchHeader, Collector, Message, form_again
 from spendfuse.audit.seal import GENESIS
 from spendfuse.wire.control import Alert, Degrade
@@ -55,6 +55,7 @@ def entries(partition: int) -> list[LedgerEntry]:
         alert_entry(0),
         *(event_entry(kind, nth) for nth, kind in enumerate(("budget", "price", "rejected", "operator"))),
         *(charge(nth, partition=partition) for nth in range(22, 40)),
+        correction(charge(3, partition=partition), 100), correction(charge(5, partition=partition), 101, tokens=7),
     ]  # fmt: skip
 
 

@@ -24,6 +24,12 @@ FIELDS = {
         "input_tokens:I cache_read_tokens:I cache_write_5m_tokens:I cache_write_1h_tokens:I output_tokens:I "
         "reasoning_tokens:I cost_nanos:q tier_known:B late:B " + ORIGIN
     ),
+    "corrections": (
+        "correction_id:s usage_id:s workspace:s team:s agent:s run:s root_run:s parent_run:s workflow:s provider:s "
+        "model:s tier:s currency:s reason:s note:s stated_by:s tags:m occurred_at:q stated_at:q recorded_at:q "
+        "input_tokens:q cache_read_tokens:q cache_write_5m_tokens:q cache_write_1h_tokens:q output_tokens:q "
+        "reasoning_tokens:q cost_nanos:q late:B " + ORIGIN
+    ),
     "commands": (
         "command_id:s action:s scope:s scope_kind:s workspace:s budget:s cap:s window_kind:s window_label:s "
         "window_timezone:s unit:s cause_usage_id:s price_book:s issued_by:s reason:s message:s degrade_models:m "

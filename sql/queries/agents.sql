@@ -3,7 +3,7 @@
 -- Units: tokens (disjoint counters); cost_nanos in nano-units of currency; times UTC.
 SELECT
   workspace, team, agent, currency,
-  count() AS calls,
+  sum(calls) AS calls,
   uniqExact(run) AS runs,
   sum(input_tokens) AS input_tokens,
   sum(cache_read_tokens) AS cache_read_tokens,
@@ -14,8 +14,8 @@ SELECT
   sum(cost_nanos) AS cost_nanos,
   min(occurred_at) AS first_at,
   max(occurred_at) AS last_at
-FROM usage_events
-WHERE kind = 'charge' AND workspace = {workspace:String}
+FROM net_charges
+WHERE workspace = {workspace:String}
   AND occurred_at >= {since:DateTime64(6, 'UTC')} AND occurred_at < {until:DateTime64(6, 'UTC')}
 GROUP BY workspace, team, agent, currency
 ORDER BY cost_nanos DESC, team, agent

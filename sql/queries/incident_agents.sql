@@ -9,21 +9,20 @@ SELECT agent, max(received) AS received_at, max(enforced) AS enforced_at, max(la
   sum(calls) AS calls_after, sum(tokens) AS tokens_after, sumMap(nanos) AS nanos_after, max(last_at) AS last_spent_at
 FROM (
   SELECT toString(agent) AS agent, received_at AS received, enforced_at AS enforced, halt_lag_us AS lag,
-    guards AS guard_count, toUInt64(0) AS calls, toUInt64(0) AS tokens, CAST(map(), 'Map(String, Int64)') AS nanos,
+    guards AS guard_count, toUInt64(0) AS calls, toInt64(0) AS tokens, CAST(map(), 'Map(String, Int64)') AS nanos,
     CAST(NULL, 'Nullable(DateTime64(6, \'UTC\'))') AS last_at, '' AS kid
   FROM commands_acked
   WHERE command_id = {id:String} AND agent != ''
   UNION ALL
-  SELECT concat('agent:', workspace, '/', team, '/', agent) AS agent, NULL, NULL, NULL, 0, count(),
+  SELECT concat('agent:', workspace, '/', team, '/', agent) AS agent, NULL, NULL, NULL, 0, sum(net_charges.calls),
     sum(input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens),
     sumMap(map(toString(currency), cost_nanos)), toNullable(max(occurred_at)), ''
-  FROM usage_events
-  WHERE kind = 'charge'
-    AND occurred_at > {since:DateTime64(6, 'UTC')} AND occurred_at < {until:DateTime64(6, 'UTC')}
+  FROM net_charges
+  WHERE occurred_at > {since:DateTime64(6, 'UTC')} AND occurred_at < {until:DateTime64(6, 'UTC')}
     AND has([
       concat('workspace:', workspace),
       concat('team:', workspace, '/', team),
-      concat('agent:', workspace, '/', team, '/', usage_events.agent),
+      concat('agent:', workspace, '/', team, '/', net_charges.agent),
       concat('run:', workspace, '/', root_run)
     ], {scope:String})
   GROUP BY agent

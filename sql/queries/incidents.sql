@@ -65,11 +65,18 @@ lasting AS (
 -- By run, agent and hour first: an hour that lies in an incident whole is added as it is, the usage of others one by one.
 hours AS (
   SELECT workspace, team, agent, root_run, currency, toStartOfHour(occurred_at) AS hour, count() AS calls,
-    sum(input_tokens) + sum(cache_read_tokens) + sum(cache_write_5m_tokens) + sum(cache_write_1h_tokens)
-      + sum(output_tokens) AS tokens,
+    toInt64(sum(input_tokens) + sum(cache_read_tokens) + sum(cache_write_5m_tokens) + sum(cache_write_1h_tokens)
+      + sum(output_tokens)) AS tokens,
     sum(cost_nanos) AS nanos, max(occurred_at) AS last_at
   FROM usage_events
   WHERE kind = 'charge' AND toStartOfHour(occurred_at) >= toStartOfHour(arrayMin(stop -> stop.4, stops)) AND notEmpty(stops)
+  GROUP BY workspace, team, agent, root_run, currency, hour
+  UNION ALL
+  SELECT workspace, team, agent, root_run, currency, toStartOfHour(occurred_at) AS hour, toUInt64(0) AS calls,
+    sum(input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens) AS tokens,
+    sum(cost_nanos) AS nanos, max(occurred_at) AS last_at
+  FROM corrections
+  WHERE toStartOfHour(occurred_at) >= toStartOfHour(arrayMin(stop -> stop.4, stops)) AND notEmpty(stops)
   GROUP BY workspace, team, agent, root_run, currency, hour
 ),
 touched AS (
@@ -97,19 +104,19 @@ spent AS (
     SELECT command_id, seq, calls, team, agent, tokens, toString(currency) AS currency, nanos, last_at
     FROM touched WHERE is_whole
     UNION ALL
-    SELECT s.command_id, s.seq, 1 AS calls, u.team, u.agent, u.tokens, u.currency, u.cost_nanos AS nanos, u.occurred_at
+    SELECT s.command_id, s.seq, u.calls, u.team, u.agent, u.tokens, u.currency, u.cost_nanos AS nanos, u.occurred_at
     FROM lasting AS s
     INNER JOIN (
-      SELECT scope, team, agent, occurred_at, toString(currency) AS currency, cost_nanos,
+      SELECT scope, team, agent, occurred_at, toString(currency) AS currency, cost_nanos, calls,
         input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens AS tokens
-      FROM usage_events
+      FROM net_charges
       ARRAY JOIN [
         concat('workspace:', workspace),
         concat('team:', workspace, '/', team),
         concat('agent:', workspace, '/', team, '/', agent),
         concat('run:', workspace, '/', root_run)
       ] AS scope
-      WHERE kind = 'charge' AND scope IN (SELECT scope FROM lasting)
+      WHERE scope IN (SELECT scope FROM lasting)
         AND (workspace, team, agent, toStartOfHour(occurred_at), root_run) IN (
           SELECT workspace, team, agent, hour, root_run FROM touched WHERE NOT is_whole
         )

@@ -3,7 +3,7 @@
 -- Units: tokens; cost_nanos in nano-units of currency; cache_hit_bp in 1/10,000 of all input.
 SELECT
   provider, model, tier, currency,
-  count() AS calls,
+  sum(calls) AS calls,
   countIf(priced_by = 'ceiling') AS calls_without_price,
   sum(input_tokens) AS input_tokens,
   sum(cache_read_tokens) AS cache_read_tokens,
@@ -12,8 +12,8 @@ SELECT
   sum(cost_nanos) AS cost_nanos,
   toUInt32(intDivOrZero(10000 * sum(e.cache_read_tokens),
     sum(e.input_tokens + e.cache_read_tokens + e.cache_write_5m_tokens + e.cache_write_1h_tokens))) AS cache_hit_bp
-FROM usage_events AS e
-WHERE kind = 'charge' AND workspace = {workspace:String}
+FROM net_charges AS e
+WHERE workspace = {workspace:String}
   AND occurred_at >= {since:DateTime64(6, 'UTC')} AND occurred_at < {until:DateTime64(6, 'UTC')}
 GROUP BY provider, model, tier, currency
 ORDER BY cost_nanos DESC, provider, model, tier

@@ -28,14 +28,14 @@ resumed AS (
 charged AS (
   SELECT scope, occurred_at, currency, cost_nanos,
     input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens AS tokens
-  FROM usage_events
+  FROM net_charges
   ARRAY JOIN [
     concat('workspace:', workspace),
     concat('team:', workspace, '/', team),
     concat('agent:', workspace, '/', team, '/', agent),
     concat('run:', workspace, '/', root_run)
   ] AS scope
-  WHERE kind = 'charge' AND workspace = {workspace:String} AND scope IN (SELECT scope FROM halts)
+  WHERE workspace = {workspace:String} AND scope IN (SELECT scope FROM halts)
 )
 SELECT
   h.scope AS scope, h.budget AS budget, h.cap AS cap, h.unit AS unit, h.window_kind AS window_kind,

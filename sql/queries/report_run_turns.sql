@@ -1,4 +1,4 @@
--- How did a run's context grow? Each of its calls in order; a root run's whole tree, any other run alone.
+-- How did a run's context grow? Each of its calls in order, as it was charged (corrections are of the sums); a root run's whole tree, any other run alone.
 -- Asked twice, by root run and by run: with OR, neither leaves anything out. Where its calls lie is asked of the sums by
 -- run first (projection by_run): the hours of its agents are few.
 -- Parameters: workspace String ('' = all); run String; turns UInt32, the most rows wanted.

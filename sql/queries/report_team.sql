@@ -5,14 +5,14 @@ SELECT
   d.workspace AS workspace, d.team AS team, d.currency AS currency,
   sum(d.calls) AS calls,
   sum(d.late_calls) AS late_calls,
-  sum(d.input_tokens) AS input_tokens,
-  sum(d.cache_read_tokens) AS cache_read_tokens,
-  sum(d.cache_write_5m_tokens) AS cache_write_5m_tokens,
-  sum(d.cache_write_1h_tokens) AS cache_write_1h_tokens,
-  sum(d.output_tokens) AS output_tokens,
-  sum(d.reasoning_tokens) AS reasoning_tokens,
-  toUInt32(intDivOrZero(10000 * sum(d.cache_read_tokens),
-    sum(d.input_tokens + d.cache_read_tokens + d.cache_write_5m_tokens + d.cache_write_1h_tokens))) AS cache_hit_bp,
+  toInt64(sum(d.input_tokens)) AS input_tokens,
+  toInt64(sum(d.cache_read_tokens)) AS cache_read_tokens,
+  toInt64(sum(d.cache_write_5m_tokens)) AS cache_write_5m_tokens,
+  toInt64(sum(d.cache_write_1h_tokens)) AS cache_write_1h_tokens,
+  toInt64(sum(d.output_tokens)) AS output_tokens,
+  toInt64(sum(d.reasoning_tokens)) AS reasoning_tokens,
+  toUInt32(intDivOrZero(10000 * toInt64(sum(d.cache_read_tokens)),
+    toInt64(sum(d.input_tokens + d.cache_read_tokens + d.cache_write_5m_tokens + d.cache_write_1h_tokens)))) AS cache_hit_bp,
   sum(d.cost_nanos) AS cost_nanos
 FROM spend_1d AS d
 WHERE ({workspace:String} = '' OR d.workspace = {workspace:String})

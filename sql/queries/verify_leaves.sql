@@ -11,6 +11,12 @@ SELECT 'usage_events' AS kept_in, ledger_partition, batch_seq, batch_row,
 FROM usage_events
 WHERE ledger_partition = {partition:UInt16} AND batch_seq BETWEEN {seq_from:UInt64} AND {seq_to:UInt64}
 UNION ALL
+SELECT 'corrections' AS kept_in, ledger_partition, batch_seq, batch_row,
+  SHA256(formatRow('RowBinary', toUInt8(0), toUInt8(1), 'corrections', correction_id, usage_id, workspace, team, agent, run, root_run, parent_run, workflow, provider, model, tier, currency, reason, note, stated_by, mapSort(tags), occurred_at, stated_at, recorded_at, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens, cost_nanos, late, src_topic, src_partition, src_offset, src_index, ledger_partition, ledger_offset)) AS leaf,
+  cost_center != tags['cost_center'] AS strayed
+FROM corrections
+WHERE ledger_partition = {partition:UInt16} AND batch_seq BETWEEN {seq_from:UInt64} AND {seq_to:UInt64}
+UNION ALL
 SELECT 'commands' AS kept_in, ledger_partition, batch_seq, batch_row,
   SHA256(formatRow('RowBinary', toUInt8(0), toUInt8(1), 'commands', command_id, toString(action), scope, scope_kind, workspace, budget, cap, window_kind, window_label, window_timezone, unit, cause_usage_id, price_book, issued_by, reason, message, mapSort(degrade_models), degrade_max_output_tokens, expires_at, window_start, window_end, cause_ts, decided_only, seq, budget_version, issued_at, cap_amount, spend, committed, fraction_bp, cause_partition, cause_offset, cause_produced_at_ms, recorded_at, src_topic, src_partition, src_offset, src_index, ledger_partition, ledger_offset)) AS leaf,
   0 AS strayed

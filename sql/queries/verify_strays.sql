@@ -5,6 +5,7 @@
 SELECT e.ledger_partition AS partition, e.batch_seq AS seq, sum(e.n) AS found, any(h.head) AS head
 FROM (
   SELECT ledger_partition, batch_seq, count() AS n FROM usage_events GROUP BY ledger_partition, batch_seq
+  UNION ALL SELECT ledger_partition, batch_seq, count() AS n FROM corrections GROUP BY ledger_partition, batch_seq
   UNION ALL SELECT ledger_partition, batch_seq, count() AS n FROM commands GROUP BY ledger_partition, batch_seq
   UNION ALL SELECT ledger_partition, batch_seq, count() AS n FROM acks GROUP BY ledger_partition, batch_seq
   UNION ALL SELECT ledger_partition, batch_seq, count() AS n FROM alerts GROUP BY ledger_partition, batch_seq

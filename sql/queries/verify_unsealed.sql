@@ -11,6 +11,8 @@ FROM (
   UNION ALL SELECT ledger_partition, 0 AS headers, 0 AS should, count() AS found, min(ingested_at) AS at
   FROM usage_events WHERE batch_seq = 0 GROUP BY ledger_partition
   UNION ALL SELECT ledger_partition, 0 AS headers, 0 AS should, count() AS found, min(ingested_at) AS at
+  FROM corrections WHERE batch_seq = 0 GROUP BY ledger_partition
+  UNION ALL SELECT ledger_partition, 0 AS headers, 0 AS should, count() AS found, min(ingested_at) AS at
   FROM commands WHERE batch_seq = 0 GROUP BY ledger_partition
   UNION ALL SELECT ledger_partition, 0 AS headers, 0 AS should, count() AS found, min(ingested_at) AS at
   FROM acks WHERE batch_seq = 0 GROUP BY ledger_partition

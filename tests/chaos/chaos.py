@@ -270,7 +270,7 @@ async def run(
             for each in budgets(kills, rate):
                 await producer.send_and_wait(BUDGETS.name, encode(each), key=each.id.encode())
         await stage.start()
-        played = Run(stage, Load(stage.broker, rate, PARTITIONS, chance), faults, say=say, apart=apart)
+        played = Run(stage, Load(stage.broker, rate, PARTITIONS, chance, stage.private), faults, say=say, apart=apart)
         await played.play()
     finally:
         await stage.stop()

@@ -1,4 +1,4 @@
-"""The load of a chaos run: usages, packed and single, some twice, some junk; and when each was charged."""
+"""The load of a chaos run: usages, packed and single, some twice, corrected or junk; and when each was charged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from aiokafka.errors import KafkaError
 
 from spendfuse.client.connection import producer_options
 from spendfuse.client.follow import Follower, Record
+from spendfuse.client.keys import Signer
+from spendfuse.wire.signing import SIGNATURE_HEADER
 from spendfuse.wire.topics import LEDGER, USAGE
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Sequence
 
     from spendfuse.settings import BrokerSettings
 
@@ -29,6 +32,7 @@ RECENT_MAX = 2_000
 RESEND_MAX = 50
 DUPLICATES = 0.03
 JUNK = 0.005
+CORRECTED = 0.02
 PACKED = 0.5
 STALL_S = 0.3
 """Charges come several times a second: a longer silence is a stall."""
@@ -37,12 +41,13 @@ STALL_S = 0.3
 class Load:
     """Emits at a rate until told to stop, and watches the ledger for what was charged."""
 
-    def __init__(self, broker: BrokerSettings, rate: int, partitions: int, chance: random.Random) -> None:
-        """`rate` is in usages a second."""
+    def __init__(self, broker: BrokerSettings, rate: int, partitions: int, chance: random.Random, key: str) -> None:
+        """`rate` is in usages a second; `key` signs corrections."""
+        self._signer = Signer.parse(key)
         self.broker = broker
         self.rate = rate
         self.partitions = partitions
-        self.sent = self.duplicates = self.junk = self.send_failures = 0
+        self.sent = self.duplicates = self.corrections = self.junk = self.send_failures = 0
         self.waiting: dict[int, float] = {}
         self.charged: set[int] = set()
         self.stalls: list[tuple[float, float]] = []
@@ -89,20 +94,51 @@ class Load:
             if self._chance.random() < DUPLICATES:
                 self.duplicates += 1
                 self._put(producer, self._chance.choice(self._recent), range(0))
+            if self._chance.random() < CORRECTED:
+                self._correct(producer, usages[0])
             if self._chance.random() < JUNK:
                 self.junk += 1
                 self._put(producer, b"\xff not usage", range(0))
 
-    def _put(self, producer: AIOKafkaProducer, value: bytes, numbers: range) -> None:
+    def _correct(self, producer: AIOKafkaProducer, usage: dict[str, Any]) -> None:
+        """Correct a usage upwards, so that what has halted must still have; sometimes twice."""
+        self.corrections += 1
+        key = f"{usage['workspace']}/{usage['team']}/{usage['agent']}".encode()
+        same = {name: usage[name] for name in ("ts", "workspace", "team", "agent", "run", "provider", "model")}
+        fix = same | {
+            "type": "correction", "id": f"fix-{usage['id']}", "usage_id": usage["id"], "at": usage["ts"],
+            "tokens": {"output": 2}, "cost_nanos": 7, "currency": "USD", "reason": "provider_final", "by": "chaos",
+        }  # fmt: skip
+        value = json.dumps(fix).encode()
+        headers = [(SIGNATURE_HEADER, self._signer.sign(USAGE.name, key, value))]
+        for _ in range(self._chance.choice((1, 1, 2))):
+            self._put(producer, value, range(0), key, headers)
+
+    def _put(
+        self,
+        producer: AIOKafkaProducer,
+        value: bytes,
+        numbers: range,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
         partition = self._chance.randrange(self.partitions)
-        task = asyncio.create_task(self._send(producer, value, partition, numbers))
+        task = asyncio.create_task(self._send(producer, value, partition, numbers, key, headers))
         self._in_flight.add(task)
         task.add_done_callback(self._in_flight.discard)
 
-    async def _send(self, producer: AIOKafkaProducer, value: bytes, partition: int, numbers: range) -> None:
+    async def _send(
+        self,
+        producer: AIOKafkaProducer,
+        value: bytes,
+        partition: int,
+        numbers: range,
+        key: bytes | None,
+        headers: Sequence[tuple[str, bytes]],
+    ) -> None:
         for _ in range(RESEND_MAX):  # as an emitter does: what may have arrived is sent again, with the same ids
             try:
-                await producer.send_and_wait(USAGE.name, value, partition=partition)
+                await producer.send_and_wait(USAGE.name, value, key, partition=partition, headers=list(headers))
             except KafkaError:
                 self.send_failures += 1
                 await asyncio.sleep(TICK_S)

@@ -41,6 +41,14 @@ class Truth:
     duplicates: int = 0
     junk: int = 0
     ids: set[tuple[str, str]] = field(default_factory=set)
+    corrections: set[tuple[str, str]] = field(default_factory=set)
+
+    def correct(self, fix: dict[str, Any]) -> None:
+        """Add the differences of a correction, unless its agent's id was added before."""
+        name = (f"{fix['workspace']}/{fix['team']}/{fix['agent']}", fix["id"])
+        if name not in self.corrections:
+            self.corrections.add(name)
+            _spread(self.sums, fix, [fix["cost_nanos"], _tokens(fix), 0])
 
     def add(self, usage: dict[str, Any], rates: Mapping[str, list[int]]) -> None:
         """Count one finished call, unless its agent's id was counted before."""
@@ -54,9 +62,7 @@ class Truth:
         nanos, rest = divmod(sum(n * rate for n, rate in zip(tokens, rates[usage["model"]], strict=True)), PER)
         if rest:
             raise ValueError("choose rates that are whole nano-units for a token: then no rounding rule is needed here")
-        for scope in scopes(usage):
-            for window in windows(usage["ts"], is_run=scope.startswith("run:")):
-                _add(self.sums[scope][window], [nanos, sum(tokens), 1])
+        _spread(self.sums, usage, [nanos, sum(tokens), 1])
 
 
 def truth(records: Iterable[Record], book: bytes) -> Truth:
@@ -71,8 +77,22 @@ def truth(records: Iterable[Record], book: bytes) -> Truth:
             found.junk += 1
             continue
         for usage in usages:
-            found.add(usage, rates)
+            if usage.get("type") == "correction":
+                found.correct(usage)
+            else:
+                found.add(usage, rates)
     return found
+
+
+def _tokens(usage: dict[str, Any]) -> int:
+    return sum(usage.get("tokens", {}).get(name, 0) for name in COUNTERS)
+
+
+def _spread(sums: Sums, usage: dict[str, Any], more: list[int]) -> None:
+    """Add to every window of every scope of a usage, or of a correction of one."""
+    for scope in scopes(usage):
+        for window in windows(usage["ts"], is_run=scope.startswith("run:")):
+            _add(sums[scope][window], more)
 
 
 def scopes(usage: dict[str, Any]) -> list[str]:
@@ -136,6 +156,7 @@ class Ledger:
 
     sums: Sums = field(default_factory=_sums)
     charges: Counter[tuple[str, str]] = field(default_factory=Counter)
+    corrections: Counter[tuple[str, str]] = field(default_factory=Counter)
     commands: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     repeated: int = 0
@@ -156,10 +177,11 @@ def ledger(records: Iterable[Record]) -> Ledger:
                 usage = entry["usage"]
                 path = f"{usage['workspace']}/{usage['team']}/{usage['agent']}"
                 found.charges[(path, usage["id"])] += 1
-                sums = [entry["charge"]["cost_nanos"], sum(usage["tokens"].get(name, 0) for name in COUNTERS), 1]
-                for scope in scopes(usage):
-                    for window in windows(usage["ts"], is_run=scope.startswith("run:")):
-                        _add(found.sums[scope][window], sums)
+                _spread(found.sums, usage, [entry["charge"]["cost_nanos"], _tokens(usage), 1])
+            elif entry["kind"] == "correction":
+                fix = entry["correction"]
+                found.corrections[(f"{fix['workspace']}/{fix['team']}/{fix['agent']}", fix["id"])] += 1
+                _spread(found.sums, fix, [fix["cost_nanos"], _tokens(fix), 0])
             elif entry["kind"] == "duplicate":
                 found.duplicates += 1
             elif entry["kind"] == "command":
@@ -225,6 +247,8 @@ def judge(topics: Topics, book: bytes, clickhouse: Iterable[list[Any]] | None = 
         *_compare("ledger", fact.sums, said.sums),
         *(f"ledger: {key} is charged {count} times" for key, count in said.charges.items() if count != 1),
         *(f"ledger: {key} is never charged" for key in fact.ids - set(said.charges)),
+        *(f"ledger: {key} is corrected {count} times" for key, count in said.corrections.items() if count != 1),
+        *(f"ledger: {key} is never corrected" for key in fact.corrections - set(said.corrections)),
     ]
     if said.duplicates != fact.duplicates:
         wrong.append(f"ledger: {said.duplicates} duplicates, and {fact.duplicates} were sent")

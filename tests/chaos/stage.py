@@ -175,8 +175,8 @@ class Stage:
             return None
         query = (
             "SELECT concat(workspace, '/', team, '/', agent), sum(cost_nanos), sum(input_tokens + output_tokens), "
-            "count() "
-            "FROM usage_events WHERE kind = 'charge' GROUP BY 1 FORMAT JSONCompact"
+            "sum(calls) "
+            "FROM net_charges GROUP BY 1 FORMAT JSONCompact"
         )
         basic = base64.b64encode(f"reader:{self.token}".encode()).decode()
         url = f"http://127.0.0.1:{self.http_port}/?{urllib.parse.urlencode({'query': query, 'database': 'spendfuse'})}"

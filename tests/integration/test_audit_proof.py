@@ -112,9 +112,11 @@ def test_a_checkpoint_that_was_changed_or_signed_by_another_is_not_believed(
     assert "signed by no key that is known (other)" in done.stderr
 
 
-@pytest.mark.parametrize("identity", ["call-1-7", f"{1:032x}", f"{0:032x}", "spendfuse.operator.v1/0/3"])
+@pytest.mark.parametrize(
+    "identity", ["call-1-7", "fix-call-1-3", f"{1:032x}", f"{0:032x}", "spendfuse.operator.v1/0/3"]
+)
 def test_a_proof_holds_for_us_and_for_a_stranger(cli: Cli, key: str, tmp_path: Path, identity: str) -> None:
-    """A usage, a command (and its acks), an alert and an event."""
+    """A usage, a correction, a command (and its acks), an alert and an event."""
     out = tmp_path / "proof.json"
     done = cli("audit", "prove", identity, "--out", out)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import pytest_asyncio
 
-from audit_samples import COUNTERS, START, ack_entry, charge, command_entry, halt, message
+from audit_samples import COUNTERS, START, ack_entry, charge, command_entry, correction, halt, message
 
 pytest.importorskip("chdb", reason="the embedded ClickHouse needs the chdb package")
 pytest.importorskip("clickhouse_connect")
@@ -97,6 +97,13 @@ def called_again() -> list[LedgerEntry]:
 
 ENTRIES = entries()
 CHARGES = [entry for entry in ENTRIES if entry.kind == "charge"]
+CORRECTIONS = [
+    # Of some charges less, of others more, of one twice, and of one far more than was charged.
+    *(correction(entry, 1_000 + nth, tokens=nth % 7 * 2 - 5) for nth, entry in enumerate(CHARGES[::23])),
+    correction(CHARGES[23], 2_000, tokens=-3, id="fix-again"),
+    correction(CHARGES[46], 2_001, tokens=-1_000_000, cost_nanos=-(10**12)),
+]
+ENTRIES += CORRECTIONS
 
 
 def of(period: Period, workspace: str = "") -> Iterator[tuple[Any, Any]]:
@@ -108,11 +115,23 @@ def of(period: Period, workspace: str = "") -> Iterator[tuple[Any, Any]]:
             yield usage, priced
 
 
+def money(period: Period, workspace: str = "") -> Iterator[tuple[Any, Any]]:
+    """The charges of a period, and the corrections of its charges: what they add to counters and money."""
+    yield from of(period, workspace)
+    for entry in CORRECTIONS:
+        fix = entry.correction
+        assert fix is not None
+        if period.since <= fix.ts.date() < period.until and workspace in ("", fix.workspace):
+            yield fix, fix
+
+
 def summed(pairs: Iterable[tuple[Any, Any]], key: Callable[[Any, Any], Any]) -> dict[Any, tuple[int, ...]]:
-    """Key -> calls, the six counters, nano-units."""
+    """Key -> calls (a correction is none), the six counters, nano-units."""
     sums: defaultdict[Any, list[int]] = defaultdict(lambda: [0] * 8)
     for usage, priced in pairs:
-        for place, value in enumerate([1, *(getattr(usage.tokens, name) for name in COUNTERS), priced.cost_nanos]):
+        for place, value in enumerate(
+            [usage is not priced, *(getattr(usage.tokens, name) for name in COUNTERS), priced.cost_nanos]
+        ):
             sums[key(usage, priced)][place] += value
     return {each: tuple(values) for each, values in sums.items()}
 
@@ -174,7 +193,7 @@ async def test_a_report_s_rows_are_the_sums_of_the_entries(ask: Any, name: str, 
     names, key = KEYS[name]
     values = ("calls", *(f"{counter}_tokens" for counter in COUNTERS), "cost_nanos")
     got = {tuple(row[each] for each in names): tuple(row[each] for each in values) for row in report.rows}
-    assert got == summed(of(period, workspace), key)
+    assert got == summed(money(period, workspace), key)
     assert len(got) == len(report.rows)
     for row in report.rows:
         every = sum(row[f"{counter}_tokens"] for counter in COUNTERS[:4])
@@ -195,7 +214,7 @@ async def test_a_chargeback_adds_up_to_the_ledger_exactly_and_its_cents_to_the_r
 ) -> None:
     charged = await ask(lambda client: reports.read_chargeback(client, MARCH, workspace))
     expected = summed(
-        of(MARCH, workspace), lambda u, c: (u.workspace, u.team, u.tags.get("cost_center", ""), c.currency)
+        money(MARCH, workspace), lambda u, c: (u.workspace, u.team, u.tags.get("cost_center", ""), c.currency)
     )
     got = {
         (row["workspace"], row["team"], row["cost_center"], row["currency"]): (row["calls"], row["cost_nanos"])
@@ -203,7 +222,7 @@ async def test_a_chargeback_adds_up_to_the_ledger_exactly_and_its_cents_to_the_r
     }
     assert got == {key: (values[0], values[-1]) for key, values in expected.items()}
     ledger = Counter[str]()
-    for usage, priced in of(MARCH, workspace):
+    for usage, priced in money(MARCH, workspace):
         ledger[priced.currency] += priced.cost_nanos * bool(usage)
     lines = list(csv.DictReader(io.StringIO(charged.csv.decode(), newline="")))
     for currency, nanos in ledger.items():
@@ -253,7 +272,9 @@ async def test_a_run_s_record_has_its_tokens_models_money_context_and_commands(a
         (row["model"], row["currency"]): tuple(row[each] for each in ("input_tokens", "cost_nanos"))
         for row in record.models.rows
     }
-    expected = summed(own, lambda u, c: (u.model, c.currency))
+    whole = [(u, c) for u, c in money(Period.days("2025-01-01", "2025-12-31"), "acme") if u.run == "run-1"]
+    assert len(whole) > len(own)
+    expected = summed(whole, lambda u, c: (u.model, c.currency))
     assert got == {key: (values[1], values[-1]) for key, values in expected.items()}
     contexts = [u.tokens.total - u.tokens.output for u, _ in sorted(own, key=lambda pair: pair[0].ts)]
     assert [row["context_tokens"] for row in record.turns.rows] == contexts
@@ -271,7 +292,7 @@ async def test_a_run_s_record_has_its_tokens_models_money_context_and_commands(a
     assert obeyed["enforced_at"] == (START + timedelta(minutes=11, seconds=2)).replace(tzinfo=None)
     data = json.loads(json.dumps(record.as_data()))
     assert data["cost"] == {
-        currency: f"{sum(c.cost_nanos for _, c in own if c.currency == currency) / Decimal(10**9):.9f}"
+        currency: f"{sum(c.cost_nanos for _, c in whole if c.currency == currency) / Decimal(10**9):.9f}"
         for currency in {c.currency for _, c in own}
     }
 
@@ -301,10 +322,10 @@ async def test_the_command_line_shows_every_report_as_table_json_and_csv(
 
     for name in KEYS:
         shown = (await run(name, "--month", "2025-03", "--workspace", "acme")).stdout
-        total = sum(c.cost_nanos for _, c in of(MARCH, "acme") if c.currency == "USD")
+        total = sum(c.cost_nanos for _, c in money(MARCH, "acme") if c.currency == "USD")
         assert f"USD {Decimal(total) / 10**9:,.2f}  2025-03-01 to 2025-03-31" in shown
         said = json.loads((await run(name, "--from", "2025-03-01", "--to", "2025-03-31", "--json")).stdout)
-        assert sum(row["cost_nanos"] for row in said["rows"]) == sum(c.cost_nanos for _, c in of(MARCH))
+        assert sum(row["cost_nanos"] for row in said["rows"]) == sum(c.cost_nanos for _, c in money(MARCH))
         lines = list(csv.DictReader(io.StringIO((await run(name, "--month", "2025-03", "--csv")).stdout, newline="")))
         assert sum(Decimal(line["cost"]) for line in lines) == Decimal(said_total(said)).scaleb(-9)
     shown = (await run("run", "run-1", "--workspace", "acme")).stdout

@@ -33,6 +33,8 @@ EXPECTED: dict[str, list[tuple[int, int, str]]] = {
     "a command's message": [(0, 3, "altered")],
     "a null": [(0, 3, "altered")],
     "an ack's time": [(0, 3, "altered")],
+    "a correction": [(0, 5, "altered")],
+    "a correction deleted": [(0, 5, "truncated")],
     "an alert": [(0, 3, "altered")],
     "an event": [(0, 3, "altered")],
     "a row deleted": [(0, 1, "deleted")],

@@ -119,8 +119,23 @@ class Oracle:
     holds: dict[str, dict[tuple[str, str], Hold]] = field(default_factory=lambda: defaultdict(dict))
     touched_us: dict[str, int] = field(default_factory=dict)
     charged: dict[tuple[str, str], bool] = field(default_factory=dict)
+    corrected: set[tuple[str, str]] = field(default_factory=set)
+    fixes: set[tuple[str, str]] = field(default_factory=set)
     duplicates: int = 0
     dead: int = 0
+
+    def correct(self, fix: dict[str, Any], ts_us: int) -> None:
+        """Add a correction's differences to the windows of its usage that are open; of an agent's id only once."""
+        path = f"{fix['workspace']}/{fix['team']}/{fix['agent']}"
+        if (path, fix["id"]) in self.fixes:
+            self.dead += 1
+            return
+        self.fixes.add((path, fix["id"]))
+        tokens = fix["tokens"].get("input", 0) + fix["tokens"].get("output", 0)
+        for scope in scopes(fix):
+            self.touched_us[scope] = self.now_us
+            self._add(scope, fix["workspace"], ts_us, fix["cost_nanos"], tokens, calls=0)
+            self.corrected |= {(scope, key) for key in self.sums[scope]}
 
     def take(self, usage: dict[str, Any], ts_us: int, deadline_us: int | None) -> None:
         """Count one usage, whatever it is: `ts_us` and `deadline_us` are its times."""
@@ -148,7 +163,7 @@ class Oracle:
         if finished:
             self.charged[call] = late
 
-    def _add(self, scope: str, workspace: str, ts_us: int, nanos: int, tokens: int) -> bool:
+    def _add(self, scope: str, workspace: str, ts_us: int, nanos: int, tokens: int, calls: int = 1) -> bool:
         late = False
         found = [window(kind, ZONES[workspace], ts_us // SECOND_US) for kind in ("hour", "day", "month")]
         for each in [*found, RUN] if scope.startswith("run:") else found:
@@ -159,7 +174,7 @@ class Oracle:
             sums = self.sums[scope][each.key]
             sums[0] += nanos
             sums[1] += tokens
-            sums[2] += 1
+            sums[2] += calls
         for rolling_s in {line.window for line in self.lines.values() if isinstance(line.window, int)}:
             slot_us = rolling_s * SECOND_US // SLOTS
             if ts_us // slot_us >= self.now_us // slot_us - SLOTS:
@@ -194,7 +209,7 @@ class Oracle:
             for key, sums in self.sums[scope].items()
             if key.partition("@")[0] == line.window and self.ends[key] * SECOND_US > self.now_us
         }
-        spent = max(running.values(), default=0)
+        spent = max((0, *running.values()))
         held = line.of(self.held(scope))
         if spent >= line.amount:
             return True
@@ -203,7 +218,7 @@ class Oracle:
         zone = ZONES[scope.partition(":")[2].partition("/")[0]]
         here = RUN if line.window == "run" else window(line.window, zone, self.now_us // SECOND_US)
         spoken = self.touched_us[scope] >= here.start_s * SECOND_US
-        return True if spoken and running.get(here.key, 0) + held >= line.amount else None
+        return True if spoken and max(running.get(here.key, 0), 0) + held >= line.amount else None
 
     def due(self, kind: str = "") -> dict[str, bool | None]:
         """Return `stands` of each `scope|budget`, of one kind of scope or of all."""

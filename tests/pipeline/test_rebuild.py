@@ -57,6 +57,11 @@ def rebuilt_for_another_kafka(old: PipelineDriver, new: PipelineDriver) -> Rebui
             path = (usage.workspace, usage.team, usage.agent, usage.root_run or usage.run)
             times = (to_us(usage.ts), to_us(entry.at))
             rebuilt.charge(Charged(*path, usage.id, *times, entry.charge.cost_nanos, usage.tokens.total))
+        elif entry.correction is not None:
+            fix = entry.correction
+            path = (fix.workspace, fix.team, fix.agent, fix.root_run or fix.run)
+            sums = (to_us(fix.ts), to_us(entry.at), fix.cost_nanos, fix.tokens.total)
+            rebuilt.charge(Charged(*path, fix.id, *sums, stated_us=to_us(fix.at)))
         elif entry.command is not None:
             rebuilt.command(entry.command, sent=entry.kind == "command")
     rebuilt.finish(new.now_us)
@@ -105,6 +110,7 @@ def check_same_tables(pipeline: PipelineDriver, rebuilt: Rebuilt) -> None:
     for key, state in had["scopes"].items():
         assert sums_of(mine[key].spend) == sums_of(state.spend), key
         assert mine[key].marks == state.marks, key
+        assert mine[key].corrected == state.corrected, key
         assert fuses_of(mine[key], now_us) == fuses_of(state, now_us), key
     shared = {f"{number}/{scope}".encode(): state for (number, scope), state in rebuilt.shared.items()}
     assert set(shared) == set(had["shared"])

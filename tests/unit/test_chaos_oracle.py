@@ -31,6 +31,9 @@ def topics() -> Topics:
         pipeline.emit(one, partition=number % 4)
         if number % 6 == 0:
             pipeline.emit(one, partition=(number + 1) % 4)
+        if number % 5 == 1:  # upwards, so that what has halted must still have
+            pipeline.correct(one, f"fix-{number}", output=2, cost_nanos=7)
+            pipeline.correct(one, f"fix-{number}", output=2, cost_nanos=7)
     pipeline.emit(b"junk")
     found = {
         name: [

@@ -24,7 +24,7 @@ Run = Callable[..., Result]
 HEAVY = ("faust", "chdb", "clickhouse_connect", "aiokafka", "yaml", "pydantic")
 COMMANDS = {
     "demo", "up", "worker", "topics create", "budgets apply", "budgets check", "budgets list", "status", "usage emit",
-    "usage import", "dlq list", "dlq show", "dlq replay", "halt", "resume", "incidents",
+    "usage correct", "usage import", "dlq list", "dlq show", "dlq replay", "halt", "resume", "incidents",
     "doctor", "keys list", "keys new", "keys rotate",
     "guard check", "guard exec", "guard mirror", "audit migrate", "audit run",
     "audit verify", "audit prove", "audit export",

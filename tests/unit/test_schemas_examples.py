@@ -29,6 +29,7 @@ CANNOT_SAY = {
     "usage.input-written-as-float.json",
     "budget.zone-unknown.json",
     "budget.cap-ids-twice.json",
+    "correction.nothing.json",
 }
 
 
@@ -88,5 +89,5 @@ def test_every_invalid_example_has_a_reason_and_every_reason_an_example() -> Non
 
 
 def test_every_kind_of_message_that_a_foreign_program_sends_or_obeys_has_examples() -> None:
-    assert {path.name.split(".")[0] for path in VALID} >= {"usage", "usage-pack", "budget", "command"}
+    assert {path.name.split(".")[0] for path in VALID} >= {"usage", "usage-pack", "correction", "budget", "command"}
     assert len([path for path in INVALID if path.name.startswith("usage.")]) >= 30

@@ -29,13 +29,13 @@ charged AS (
   SELECT team, agent, currency, arrayLast(at -> at <= bucket, begins) AS since, sum(nanos) AS nanos, sum(tokens) AS tokens
   FROM (
     SELECT team, agent, currency, bucket, cost_nanos AS nanos,
-      input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens AS tokens
+      toInt64(input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens) AS tokens
     FROM spend_1h
     WHERE workspace = ${workspace:singlequote} AND bucket >= begins[1] AND bucket < toStartOfHour($__toTime)
       AND notEmpty(begins) AND bucket NOT IN (SELECT arrayJoin(cut_hours))
     UNION ALL
     SELECT team, agent, currency, bucket, cost_nanos AS nanos,
-      input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens AS tokens
+      toInt64(input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens) AS tokens
     FROM spend_1m
     WHERE workspace = ${workspace:singlequote} AND bucket >= begins[1] AND bucket <= $__toTime
       AND notEmpty(begins) AND toStartOfHour(bucket) IN (SELECT arrayJoin(cut_hours))
@@ -55,10 +55,22 @@ by_scope AS (
   UNION ALL
   SELECT concat('run:', ${workspace:singlequote}, '/', root_run) AS scope, currency, toDateTime($__toTime, 'UTC') AS since,
     sum(cost_nanos) AS nanos,
-    sum(input_tokens) + sum(cache_read_tokens) + sum(cache_write_5m_tokens) + sum(cache_write_1h_tokens)
-      + sum(output_tokens) AS tokens
+    toInt64(sum(input_tokens) + sum(cache_read_tokens) + sum(cache_write_5m_tokens) + sum(cache_write_1h_tokens)
+      + sum(output_tokens)) AS tokens
   FROM usage_events
   WHERE kind = 'charge' AND workspace = ${workspace:singlequote}
+    AND root_run IN (
+      SELECT substring(scope, length(concat('run:', ${workspace:singlequote}, '/')) + 1) FROM caps WHERE scope_kind = 'run'
+    )
+    AND toStartOfHour(occurred_at) <= $__toTime
+  GROUP BY root_run, currency
+  UNION ALL
+  SELECT concat('run:', ${workspace:singlequote}, '/', root_run) AS scope, currency, toDateTime($__toTime, 'UTC') AS since,
+    sum(cost_nanos) AS nanos,
+    sum(input_tokens) + sum(cache_read_tokens) + sum(cache_write_5m_tokens) + sum(cache_write_1h_tokens)
+      + sum(output_tokens) AS tokens
+  FROM corrections
+  WHERE workspace = ${workspace:singlequote}
     AND root_run IN (
       SELECT substring(scope, length(concat('run:', ${workspace:singlequote}, '/')) + 1) FROM caps WHERE scope_kind = 'run'
     )

@@ -57,6 +57,7 @@ GROUP BY ledger_partition ORDER BY ledger_partition
 _HEADERS_AT_ONCE: Final = 20_000
 _IDS: Final = {
     "usage_events": "usage_id",
+    "corrections": "correction_id",
     "commands": "command_id",
     "acks": "command_id",
     "alerts": "alert_id",

@@ -16,6 +16,8 @@ from spendfuse.audit.database import Database
 ROLLUPS: Final = ("spend_1m", "spend_1h", "spend_1d")
 SUFFIX: Final = "_rebuild"
 _MONTH: Final = re.compile(r"[0-9]{6}")
+SOURCES: Final = {"usage_events": "mv", "corrections": "corrections_mv"}
+"""What rollups sum, and the ending of the name of the view that sums it."""
 _MONTHS: Final = "SELECT DISTINCT toString(toYYYYMM(occurred_at)) FROM {db:Identifier}.usage_events ORDER BY 1"
 _VIEW: Final = "SELECT as_select FROM system.tables WHERE database = {db:String} AND name = {view:String}"
 # By the batch's number and not by offset: on a new broker offsets begin again, and batches do not.
@@ -29,10 +31,9 @@ WHERE b.batches = 0 OR u.batch_seq > b.seq
 GROUP BY u.ledger_partition ORDER BY u.ledger_partition
 """
 _BASE_SUMS: Final = """
-SELECT toString(toYYYYMM(occurred_at)) AS month, currency, toInt64(count()), sum(cost_nanos),
-  toInt64(sum(toUInt64(input_tokens) + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens
-    + output_tokens))
-FROM {db:Identifier}.usage_events WHERE kind = 'charge' GROUP BY month, currency
+SELECT toString(toYYYYMM(occurred_at)) AS month, currency, toInt64(sum(calls)), sum(cost_nanos),
+  sum(input_tokens + cache_read_tokens + cache_write_5m_tokens + cache_write_1h_tokens + output_tokens)
+FROM {db:Identifier}.net_charges GROUP BY month, currency
 """
 _ROLLUP_SUMS: Final = """
 SELECT toString(toYYYYMM(bucket)) AS month, currency, toInt64(sum(calls)), sum(cost_nanos),
@@ -103,24 +104,30 @@ def _check_whole(database: Database) -> None:
 
 def _rebuild(database: Database, table: str, progress: Callable[[str, str], None]) -> None:
     name, beside = database.name, table + SUFFIX
-    ((select,),) = database.query(_VIEW, {"view": f"{table}_mv"}) or [("",)]
-    if not select:
-        raise RebuildError(f"database {name} has no view {table}_mv: run `spendfuse audit migrate`")
+    selects = {source: _select(database, f"{table}_{ending}") for source, ending in SOURCES.items()}
     database.command(f"DROP TABLE IF EXISTS {name}.{beside} SYNC")
     database.command(f"CREATE TABLE {name}.{beside} AS {name}.{table}")
     for month in _months(database):
         progress(table, month)
-        # The view's own text, over one month: what is inserted is what the view would have inserted.
-        only = f"{{'{name}.usage_events': 'toYYYYMM(occurred_at) = {month}'}}"
-        database.command(
-            f"INSERT INTO {name}.{beside} {select} "
-            f"SETTINGS additional_table_filters = {only}, insert_deduplicate = 0, max_partitions_per_insert_block = 0"
-        )
+        for source, select in selects.items():
+            # The view's own text, over one month: what is inserted is what the view would have inserted.
+            only = f"{{'{name}.{source}': 'toYYYYMM(occurred_at) = {month}'}}"
+            database.command(
+                f"INSERT INTO {name}.{beside} {select} SETTINGS additional_table_filters = {only}, "
+                "insert_deduplicate = 0, max_partitions_per_insert_block = 0"
+            )
         database.command(
             f"ALTER TABLE {name}.{table} REPLACE PARTITION ID '{month}' FROM {name}.{beside} "
             "SETTINGS allow_replace_partition_from_empty_source = 1"
         )
     database.command(f"DROP TABLE {name}.{beside} SYNC")
+
+
+def _select(database: Database, view: str) -> str:
+    ((select,),) = database.query(_VIEW, {"view": view}) or [("",)]
+    if not select:
+        raise RebuildError(f"database {database.name} has no view {view}: run `spendfuse audit migrate`")
+    return str(select)
 
 
 def _months(database: Database) -> list[str]:

@@ -134,6 +134,42 @@ def _usage(entry: LedgerEntry) -> Row:
     }
 
 
+def _correction(entry: LedgerEntry) -> Row:
+    correction = entry.correction
+    if correction is None:
+        raise UnfitError("an entry of kind correction without correction")
+    tokens = correction.tokens
+    return {
+        "correction_id": correction.id,
+        "usage_id": correction.usage_id,
+        "occurred_at": _us("correction.ts", correction.ts),
+        "stated_at": _us("correction.at", correction.at),
+        "workspace": correction.workspace,
+        "team": correction.team,
+        "agent": correction.agent,
+        "run": correction.run,
+        "root_run": correction.root_run or correction.run,
+        "parent_run": correction.parent_run or "",
+        "workflow": correction.workflow or "",
+        "provider": correction.provider,
+        "model": correction.model,
+        "tier": correction.tier,
+        "input_tokens": tokens.input,
+        "cache_read_tokens": tokens.cache_read,
+        "cache_write_5m_tokens": tokens.cache_write_5m,
+        "cache_write_1h_tokens": tokens.cache_write_1h,
+        "output_tokens": tokens.output,
+        "reasoning_tokens": tokens.reasoning,
+        "cost_nanos": correction.cost_nanos,
+        "currency": correction.currency,
+        "reason": correction.reason,
+        "note": correction.note,
+        "stated_by": correction.by,
+        "late": int(entry.late),
+        "tags": correction.tags,
+    }
+
+
 def _command(entry: LedgerEntry) -> Row:
     command = entry.command
     if command is None:
@@ -211,6 +247,7 @@ def _event(entry: LedgerEntry) -> Row:
 _TABLES: Final[dict[str, tuple[str, Callable[[LedgerEntry], Row]]]] = {
     "charge": ("usage_events", _usage),
     "duplicate": ("usage_events", _usage),
+    "correction": ("corrections", _correction),
     "command": ("commands", _command),
     "decision": ("commands", _command),
     "ack": ("acks", _ack),

@@ -38,6 +38,12 @@ LEAF_COLUMNS: Final[Mapping[str, Columns]] = {
         "input_tokens:u32 cache_read_tokens:u32 cache_write_5m_tokens:u32 cache_write_1h_tokens:u32 output_tokens:u32 "
         f"reasoning_tokens:u32 cost_nanos:i64 tier_known:u8 late:u8 {_ORIGIN}"
     ),
+    "corrections": _columns(
+        "correction_id:s usage_id:s workspace:s team:s agent:s run:s root_run:s parent_run:s workflow:s provider:s "
+        "model:s tier:s currency:s reason:s note:s stated_by:s tags:map occurred_at:us stated_at:us recorded_at:us "
+        "input_tokens:i64 cache_read_tokens:i64 cache_write_5m_tokens:i64 cache_write_1h_tokens:i64 output_tokens:i64 "
+        f"reasoning_tokens:i64 cost_nanos:i64 late:u8 {_ORIGIN}"
+    ),
     "commands": _columns(
         "command_id:s action:e scope:s scope_kind:s workspace:s budget:s cap:s window_kind:s window_label:s "
         "window_timezone:s unit:s cause_usage_id:s price_book:s issued_by:s reason:s message:s degrade_models:map "

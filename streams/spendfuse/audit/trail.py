@@ -7,7 +7,7 @@ from spendfuse.audit.batches import Batch, BatchHeader
 from spendfuse.audit.database import Database
 from spendfuse.audit.seal import GENESIS
 
-_ROW_TABLES: Final = ("usage_events", "commands", "acks", "alerts", "ledger_events")
+_ROW_TABLES: Final = ("usage_events", "corrections", "commands", "acks", "alerts", "ledger_events")
 _LAST_SEQ: Final = """
 SELECT max(seq), count() FROM {db:Identifier}.audit_batches WHERE ledger_partition = {partition:UInt16}
 """

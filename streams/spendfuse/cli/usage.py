@@ -1,10 +1,11 @@
-"""`spendfuse usage`: emit one usage, or import a table of them."""
+"""`spendfuse usage`: emit one usage, import a table of them, or correct one that was charged."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from spendfuse.cli.correct import correct
 from spendfuse.cli.options import STATE_DIR, Json, Servers, StateDir, command, duration, examples
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ STDIN_BYTES_MAX: Final = 1_048_576
 SECOND_US: Final = 1_000_000
 
 usage = typer.Typer(
-    help="Emit usage by hand, or import it from a table.",
+    help="Emit usage by hand, import it from a table, or correct what was charged.",
     no_args_is_help=True,
     epilog=examples("spendfuse usage emit --help", "spendfuse usage import --help"),
 )
@@ -46,6 +47,12 @@ def register(app: typer.Typer) -> None:
         "--map agent=service --map provider=\"'openai'\" --map model=model",
         "spendfuse usage import calls.jsonl --mapping mapping.yaml --dry-run",
         name="import",
+    )
+    command(
+        usage,
+        correct,
+        "spendfuse usage correct call-7f3a --output 1200 --reason provider_final --by ada",
+        "spendfuse usage correct call-7f3a --cost 0.0125 --reason invoice --note INV-2026-11 --by ada --yes",
     )
     app.add_typer(usage, name="usage")
 

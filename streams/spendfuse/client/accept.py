@@ -1,4 +1,4 @@
-"""Which records of `commands.v1` are commands: signed, under their own key, readable."""
+"""Which records are what they say: signed, under their own key, readable."""
 
 from typing import Literal
 
@@ -7,9 +7,10 @@ from pydantic import ValidationError
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import BadSignature, Verifier
 from spendfuse.wire.control import Command, Heartbeat
+from spendfuse.wire.correction import Correction
 from spendfuse.wire.remaining import Remaining
 from spendfuse.wire.signing import SIGNATURE_HEADER
-from spendfuse.wire.topics import COMMANDS, HEARTBEATS, REMAINING
+from spendfuse.wire.topics import COMMANDS, HEARTBEATS, REMAINING, USAGE
 
 Reason = Literal["tombstone", "topic", "unsigned", "signature", "invalid", "key", "expired", "old", "full"]
 """Why a guard did not obey a record; `old` is a command that a later one of its cap has replaced, or a repetition."""
@@ -75,6 +76,25 @@ def accept_heartbeat(record: Record, verifier: Verifier | None, *, unsigned: boo
     if heartbeat.emitter.encode() != record.key:
         raise Refused("key", "the heartbeat is of another emitter than its key")
     return heartbeat
+
+
+def accept_correction(record: Record, verifier: Verifier | None, *, unsigned: bool) -> Correction:
+    """Return the correction in a record of `usage.v1`, or raise Refused, by the rules of `accept`.
+
+    Forged, it would lower a sum, and let a stopped agent go.
+    """
+    if record.topic != USAGE.name:
+        raise Refused("topic", f"{record.topic} is not {USAGE.name}")
+    value = _verified(record, verifier, unsigned=unsigned)
+    try:
+        correction = Correction.model_validate_json(value)
+    except ValidationError as error:
+        faults = error.errors(include_input=False, include_url=False)
+        where = ".".join(str(part) for part in faults[0]["loc"])
+        raise Refused("invalid", f"{where}: {faults[0]['msg']}" if where else faults[0]["msg"]) from None
+    if correction.agent_path.encode() != record.key:
+        raise Refused("key", "the correction is of another agent than its key")
+    return correction
 
 
 def _verified(record: Record, verifier: Verifier | None, *, unsigned: bool) -> bytes:

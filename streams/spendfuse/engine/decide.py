@@ -7,7 +7,8 @@ Calls in flight count, so they may trip a fuse that spend alone would not, and w
 The rule: an order whose spend was below its line when it fired (`Fired.held`) is withdrawn as soon as committed is
 below that line, because the calls used less than they held, were given up, or passed their deadlines. What committed
 still calls for takes its place (degrade), else a resume; a warning is neither withdrawn nor said again. An order that
-spend alone reached is never withdrawn this way: spend does not fall within a window, so committed stays above its line.
+spend alone reached is never withdrawn this way: only a correction makes spend fall within a window, and `reconsider`
+lifts what it frees.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ from spendfuse.wire.base import from_us
 from spendfuse.wire.budget import BASIS_POINTS, UNKNOWN_MODEL_CAP, Budget
 from spendfuse.wire.control import Command
 
+CORRECTED: Final = "spend was corrected"
+BUDGET_CHANGED: Final = "the budget was changed"
 CALLS_ENDED: Final = "calls in flight ended and left room"
 
 
@@ -167,33 +170,37 @@ def reconsider(
     now_us: int,
     price_book: str,
     denying: Mapping[str, Budget] | None = None,
+    cause: CausedBy = NOBODY,
+    reason: str = BUDGET_CHANGED,
 ) -> Effects | None:
     """Return what a changed budget or a correction calls for: new trips, and the lifting of what no longer holds.
 
     Of each cap at most one order is left standing. `denying` are the budgets that deny unknown models, by id; those
-    of the scope itself when absent.
+    of the scope itself when absent. A correction is the `cause`, with the time it was stated, and gives the `reason`.
     """
     effects = Effects()
+    if cause is NOBODY:
+        cause = NOBODY._replace(ts_us=now_us)
     if denying is None:
         denying = {budget.id: budget for budget in policy.deny_unknown}
     known = {limit.key for limit in policy.limits}
     for limit in policy.limits:
         crossings = crossings_of(limit, spend, held, now_us, now_us, every_window=True)
-        _reconsider_limit(scope, limit, list(crossings), fuses, effects, now_us, price_book)
+        _reconsider_limit(scope, limit, list(crossings), fuses, effects, cause, reason, now_us, price_book)
     for key in [key for key in fuses if key not in known]:
         fuse = fuses[key]
         budget_id, _, cap_id = key.partition("|")
         if cap_id == UNKNOWN_MODEL_CAP:
             budget = denying.get(budget_id)
             wanted = unknown_model_order(budget, price_book) if budget else None
-            reason = "prices were changed" if wanted else "the budget was changed"
+            why = "prices were changed" if wanted else BUDGET_CHANGED
         else:
-            budget, wanted, reason = None, None, "the budget was withdrawn"
+            budget, wanted, why = None, None, "the budget was withdrawn"
         standing = standing_of(fuse, now_us)
         if any(fired.order != wanted for fired in standing.values()):
             clear(fuse, standing)
             version = budget.version if budget else 0
-            lift(scope, budget_id, version, cap_id, fuse, effects, now_us, reason, shadow=not is_live(standing))
+            lift(scope, budget_id, version, cap_id, fuse, effects, now_us, why, shadow=not is_live(standing))
         if not standing_of(fuse, now_us) and fuse.seq < next_seq(0, now_us - SEQ_KEPT_US):
             del fuses[key]  # not earlier: the budget may come back, and its commands must not be older than these
     return effects or None
@@ -205,6 +212,8 @@ def _reconsider_limit(
     crossings: list[Crossing],
     fuses: dict[str, Fuse],
     effects: Effects,
+    cause: CausedBy,
+    reason: str,
     now_us: int,
     price_book: str,
 ) -> None:
@@ -218,7 +227,7 @@ def _reconsider_limit(
         same = fired_by(wanted)._replace(until_us=told.until_us, held=told.held) if wanted is not None else None
         if wanted is not None and strictest == wanted.window.key and told == same:
             if told.until_us != wanted.until_us:  # a rolling sum falls below a changed cap at another time
-                fire(scope, wanted, fuse, NOBODY._replace(ts_us=now_us), effects, now_us=now_us, price_book=price_book)
+                fire(scope, wanted, fuse, cause, effects, now_us=now_us, price_book=price_book)
             return
         clear(fuse, standing)
         live = is_live(standing)
@@ -226,15 +235,15 @@ def _reconsider_limit(
         eases = wanted is None or (wanted.action == "warn" and not told.order.endswith("warn"))
         if eases or (budget.shadow and live):
             lift(
-                scope, budget.id, budget.version, cap_id, fuse, effects, now_us, "the budget was changed",
-                shadow=not live,
+                scope, budget.id, budget.version, cap_id, fuse, effects, now_us, reason,
+                shadow=not live, seq_us=cause.ts_us, cause=cause,
             )  # fmt: skip
         if wanted is not None and told.order == order_of(limit, wanted.action) and wanted.fraction < told.fraction:
             remember(fuse, wanted, now_us)  # the same order, at less of a raised cap: nothing new to say
             return
     if wanted is not None:
         fuse = fuses.setdefault(limit.key, Fuse())
-        fire(scope, wanted, fuse, NOBODY._replace(ts_us=now_us), effects, now_us=now_us, price_book=price_book)
+        fire(scope, wanted, fuse, cause, effects, now_us=now_us, price_book=price_book)
 
 
 def deny_unknown_model(

@@ -41,6 +41,10 @@ class Effects:
         """Say whether there is anything to do."""
         return bool(self.commands or self.shadow or self.alerts)
 
+    def with_more(self, more: "Effects") -> "Effects":
+        """Return these effects and then others."""
+        return Effects(self.commands + more.commands, self.shadow + more.shadow, self.alerts + more.alerts)
+
 
 def fire(
     scope: str, crossing: Crossing, fuse: Fuse, cause: CausedBy, effects: Effects, *, now_us: int, price_book: str
@@ -111,6 +115,7 @@ def lift(
     *,
     shadow: bool,
     seq_us: int | None = None,
+    cause: CausedBy = NOBODY,
 ) -> None:
     """Resume: what a cap ordered is withdrawn."""
     fuse.seq = next_seq(fuse.seq, now_us if seq_us is None else seq_us)
@@ -123,6 +128,7 @@ def lift(
         cap=cap_id,
         budget_version=version,
         issued_at=from_us(now_us),
+        cause=cause_of(cause),
         reason=reason,
         message=f"{scope} may go on: {reason} ({budget_id}, cap {cap_id})."[:512],
     )

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from spendfuse.engine.idle import scope_is_idle, shared_is_idle
-from spendfuse.engine.ids import SeenIds, call_digest
+from spendfuse.engine.ids import FORMER, SeenIds, call_digest
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.recall import recall
-from spendfuse.engine.state import Fuse, Part, ScopeState, SharedState
+from spendfuse.engine.state import Applied, Fuse, Part, ScopeState, SharedState
 from spendfuse.wire.control import Command
 from spendfuse.wire.packed import Origin
 from spendfuse.wire.scopes import agent_scope, scope_kind
@@ -29,9 +29,10 @@ Name = tuple[int, str]
 
 
 class Charged(NamedTuple):
-    """One charge of the ledger; times in microseconds, `origin` None and `as_of` -1 for one of another Kafka.
+    """One charge of the ledger, or a correction; times in microseconds, `origin` None and `as_of` -1 of another Kafka.
 
-    `as_of` is the offset of `usage.packed.v1` that it came with.
+    `as_of` is the offset of `usage.packed.v1` that it came with. Of a correction, `call_id` is its own id, `stated_us`
+    when it was stated, and nanos and tokens are signed.
     """
 
     workspace: str
@@ -45,6 +46,7 @@ class Charged(NamedTuple):
     tokens: int
     origin: Origin | None = None
     as_of: int = NO_OFFSET
+    stated_us: int | None = None
 
     @property
     def scopes(self) -> tuple[str, str, str, str]:
@@ -87,8 +89,11 @@ class Rebuilt:
         """Fold one charge; one that lies at or below a watermark was folded before."""
         path = f"{charged.workspace}/{charged.team}/{charged.agent}"
         partition = self.partition_of(path)
-        digest = call_digest(path, charged.call_id, "finished")
-        self._remember(partition, digest, charged.origin)
+        if charged.stated_us is None:
+            self._remember(partition, call_digest(path, charged.call_id, "finished"), charged.origin)
+        elif not self._applies(partition, charged, charged.stated_us):
+            self.tally.repeated += 1
+            return
         news = False
         for scope in charged.scopes:
             news |= self._add(partition, scope, charged)
@@ -113,6 +118,16 @@ class Rebuilt:
         else:
             seen.remember(digest, origin)
 
+    def _applies(self, partition: int, charged: Charged, stated_us: int) -> bool:
+        """Remember a correction as its agent's state does; False for one of the same id from another place."""
+        origin = charged.origin
+        applied = Applied(FORMER[0], FORMER[1], stated_us)
+        if origin is not None:
+            applied = Applied(origin.partition, origin.position, stated_us)
+        state = self.scopes.setdefault((partition, charged.scopes[0]), ScopeState())
+        known = state.corrected.setdefault(charged.call_id, applied)
+        return known[:2] == applied[:2]
+
     def _add(self, partition: int, scope: str, charged: Charged) -> bool:
         name = (partition, scope)
         state = self.scopes.get(name)
@@ -126,7 +141,11 @@ class Rebuilt:
             self.reached[origin.partition] = max(self.reached.get(origin.partition, NO_OFFSET), origin.offset)
             self.as_of[name] = max(self.as_of.get(name, NO_OFFSET), charged.as_of)
         plan = self.policies.of(scope).plan
-        state.spend.add(plan, charged.ts_us, charged.at_us, charged.nanos, charged.tokens)
+        if charged.stated_us is None:
+            state.spend.add(plan, charged.ts_us, charged.at_us, charged.nanos, charged.tokens)
+        else:
+            ts_us, at_us = charged.ts_us, charged.at_us
+            state.spend.correct(plan, ts_us, charged.stated_us, at_us, charged.nanos, charged.tokens)
         return True
 
     def command(self, command: Command, *, sent: bool) -> None:

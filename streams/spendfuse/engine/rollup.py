@@ -1,15 +1,15 @@
 """The rollup: a shared scope's total is the sum of its partitions' cumulative shares.
 
-A share overwrites what its partition said before, and an older one never replaces a newer one: a grow-only counter,
-so that a replay changes nothing.
+A share overwrites what its partition said before, and an older one never replaces a newer one, so that a replay changes
+nothing. What is older is told by the offset a share is as of, never by its sums: a correction makes them fall.
 """
 
 from spendfuse.engine.crossings import Held
-from spendfuse.engine.decide import decide, reconsider
+from spendfuse.engine.decide import CORRECTED, decide, reconsider
 from spendfuse.engine.orders import NOBODY, CausedBy, Effects
 from spendfuse.engine.policies import Policies
 from spendfuse.engine.remaining import remaining_of
-from spendfuse.engine.spend import RUN_KEY, Spend, merged
+from spendfuse.engine.spend import RUN_KEY, Spend, fell, merged
 from spendfuse.engine.state import Part, SharedState
 from spendfuse.wire.base import to_us
 from spendfuse.wire.remaining import Remaining
@@ -36,18 +36,21 @@ def apply_rollup(
     policy = policies.of(rollup.scope)
     if not policy.limits:
         return True, None
-    cause = rollup.cause
-    return True, decide(
-        rollup.scope,
-        policy,
-        merged(part.spend for part in state.parts.values()),
-        held_by(state, now_us),
-        state.fuses,
-        CausedBy(cause.usage_id, to_us(cause.ts), cause.partition, cause.offset, cause.produced_at_ms),
-        now_us=now_us,
-        price_book=price_book,
-        every_window=True,
+    said = rollup.cause
+    cause = CausedBy(said.usage_id, to_us(said.ts), said.partition, said.offset, said.produced_at_ms)
+    whole, held = merged(part.spend for part in state.parts.values()), held_by(state, now_us)
+    lifted = None
+    if known is not None and fell(known.spend, state.parts[rollup.partition].spend):
+        lifted = reconsider(
+            rollup.scope, policy, whole, held, state.fuses, now_us=now_us, price_book=price_book, cause=cause,
+            reason=CORRECTED,
+        )  # fmt: skip
+    decided = decide(
+        rollup.scope, policy, whole, held, state.fuses, cause, now_us=now_us, price_book=price_book, every_window=True
     )
+    if lifted is None or decided is None:
+        return True, lifted or decided
+    return True, lifted.with_more(decided)
 
 
 def _began_anew(rollup: Rollup, known: Part) -> bool:

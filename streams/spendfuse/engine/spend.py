@@ -76,6 +76,20 @@ class Spend:
         if charges:
             self._saw(min(charges)[0], max(charges)[0])
 
+    def correct(self, plan: Plan, ts_us: int, at_us: int, now_us: int, nanos: int, tokens: int) -> None:
+        """Add a signed difference to every open window of an event time; no call is counted.
+
+        `at_us` is when it was stated: a scope that is corrected is in use, however old the usage is.
+        """
+        self._add_to_windows(plan, ts_us, now_us, nanos, tokens, 0)
+        for rolling_s in plan.rolling:
+            self._add_to_slot(rolling_s, slot_of(rolling_s, ts_us), now_us, nanos, tokens, 0)
+        self._saw(at_us, at_us)
+
+    def is_below_zero(self) -> bool:
+        """Say whether corrections took more from some window than was charged in it."""
+        return any(totals[NANOS] < 0 or totals[TOKENS] < 0 for totals in self.windows.values())
+
     def _saw(self, first_us: int, last_us: int) -> None:
         if not self.first_us or first_us < self.first_us:
             self.first_us = first_us
@@ -166,21 +180,21 @@ class Spend:
         ]
 
     def in_window(self, key: str) -> Totals:
-        """Return the sums of a calendar window or of the run; zeros when nothing was spent in it."""
-        return self.windows.get(key) or [0, 0, 0]
+        """Return the sums of a calendar window or of the run; zeros when it has none, and never less."""
+        return _not_below_zero(self.windows.get(key) or [0, 0, 0])
 
     def in_rolling(self, rolling_s: int, now_us: int) -> Totals:
         """Return the sums of the last `rolling_s` seconds; they are the caller's to read, not to change."""
         oldest = oldest_slot(rolling_s, now_us)
         summed = self.summed.get(rolling_s)
         if summed is not None and summed[0] == oldest:
-            return summed[1]
+            return _not_below_zero(summed[1])
         sums = [0, 0, 0]
         for slot, totals in self.rolling.get(rolling_s, {}).items():
             if slot >= oldest:  # a slot ahead of the clock counts too: an emitter's skew must not hide spend
                 _add(sums, *totals)
         self.summed[rolling_s] = (oldest, sums)
-        return sums
+        return _not_below_zero(sums)
 
 
 def _sums_by(charges: Sequence[tuple[int, int, int]], length_us: int) -> Iterable[tuple[int, Totals]]:
@@ -204,15 +218,38 @@ def misses(plan: Plan, ts_us: int, now_us: int) -> bool:
 
 def _add(totals: Totals, nanos: int, tokens: int, calls: int) -> None:
     # Money stops at what the audit can store (9.2 thousand million units): absurd usage must not stop a partition.
-    # Such an addition is still associative, so no order or split of the usage changes the sum.
+    # Such an addition is still associative, so no order or split of the usage changes the sum. A correction of a sum
+    # that has stopped there is one of what can be stored, not of what was spent.
     nanos += totals[NANOS]
-    totals[NANOS] = min(nanos, NANOS_MAX)  # min() costs three times as much
+    totals[NANOS] = nanos if -NANOS_MAX <= nanos <= NANOS_MAX else _stopped(nanos)
     totals[TOKENS] += tokens
     totals[CALLS] += calls
 
 
+def _stopped(nanos: int) -> int:
+    return max(-NANOS_MAX, min(nanos, NANOS_MAX))
+
+
+def _not_below_zero(totals: Totals) -> Totals:
+    # What is stored stays signed: a correction may come before its usage, and their sum must not depend on that.
+    if totals[NANOS] >= 0 and totals[TOKENS] >= 0:
+        return totals
+    return [max(totals[NANOS], 0), max(totals[TOKENS], 0), totals[CALLS]]
+
+
+def fell(before: Spend, after: Spend) -> bool:
+    """Say whether some sum that both have is lower in the later one, which only a correction can bring about."""
+    pairs = [(totals, after.windows.get(key)) for key, totals in before.windows.items()]
+    pairs += [
+        (totals, after.rolling.get(rolling_s, {}).get(slot))
+        for rolling_s, slots in before.rolling.items()
+        for slot, totals in slots.items()
+    ]
+    return any(now is not None and (now[NANOS] < then[NANOS] or now[TOKENS] < then[TOKENS]) for then, now in pairs)
+
+
 def merged(parts: Iterable[Spend]) -> Spend:
-    """Return the sum of several partitions' spend of one scope (a grow-only counter's value); holds are not summed."""
+    """Return the sum of several partitions' spend of one scope; holds are not summed."""
     whole = Spend()
     for part in parts:
         for key, totals in part.windows.items():
@@ -227,4 +264,4 @@ def merged(parts: Iterable[Spend]) -> Spend:
     return whole
 
 
-__all__ = ["CALLS", "NANOS", "RUN_KEY", "TOKENS", "Hold", "Plan", "Spend", "Totals", "merged", "misses"]
+__all__ = ["CALLS", "NANOS", "RUN_KEY", "TOKENS", "Hold", "Plan", "Spend", "Totals", "fell", "merged", "misses"]

@@ -22,6 +22,14 @@ class Fired(NamedTuple):
     held: bool = False
 
 
+class Applied(NamedTuple):
+    """Where in `usage.v1` a correction lies that was applied, and when it was stated (microseconds)."""
+
+    partition: int
+    position: int
+    at_us: int
+
+
 @dataclass(slots=True)
 class Fuse:
     """One cap of one scope: the sequence of its last command, and what fired by window key."""
@@ -34,13 +42,15 @@ class Fuse:
 class ScopeState:
     """A scope on one packed partition: sums and watermarks under one key, so that they are durable together.
 
-    `marks` holds, for each partition of `usage.v1`, the position up to which its usage is in the sums.
+    `marks` holds, for each partition of `usage.v1`, the position up to which its usage is in the sums. `corrected` are
+    the corrections of an agent by their id.
     """
 
     marks: dict[int, int] = field(default_factory=dict)
     spend: Spend = field(default_factory=Spend)
     fuses: dict[str, Fuse] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
+    corrected: dict[str, Applied] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import msgspec
 
 from spendfuse.engine.ids import SeenIds
 from spendfuse.engine.spend import Hold, Spend
-from spendfuse.engine.state import Fired, Fuse, Part, ScopeState, SharedState
+from spendfuse.engine.state import Applied, Fired, Fuse, Part, ScopeState, SharedState
 
 SLOT_HEAD_BYTES: Final = 8
 """Of a slot of remembered ids: its number in the ring's rounds, big-endian (`engine/ids.py`)."""
@@ -38,6 +38,7 @@ class _Scope(msgspec.Struct, array_like=True):
     spend: _Spend
     fuses: _Fuses
     noted: dict[str, int]
+    corrected: dict[str, Applied] = {}
 
 
 class _Part(msgspec.Struct, array_like=True):
@@ -85,7 +86,7 @@ class UnreadableStateError(Exception):
 def encode_scope(state: ScopeState) -> bytes:
     """Return a scope's state as bytes."""
     return VERSION + _encoder.encode(
-        _Scope(state.marks, _plain_spend(state.spend), _plain_fuses(state.fuses), state.noted)
+        _Scope(state.marks, _plain_spend(state.spend), _plain_fuses(state.fuses), state.noted, state.corrected)
     )
 
 
@@ -99,7 +100,7 @@ def decode_scope(value: bytes) -> ScopeState:
 
 def _scope_v1(value: bytes) -> ScopeState:
     plain = _scope_decoder.decode(value)
-    return ScopeState(plain.marks, _spend(plain.spend), _fuses(plain.fuses), plain.noted)
+    return ScopeState(plain.marks, _spend(plain.spend), _fuses(plain.fuses), plain.noted, plain.corrected)
 
 
 def encode_shared(state: SharedState) -> bytes:

@@ -5,16 +5,19 @@ message for each partition in a round; a failed send ends the process (design.md
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
+from spendfuse.client.accept import Refused
 from spendfuse.client.batches import UNREADABLE
+from spendfuse.engine.correct import AGE_US_MAX
 from spendfuse.pipeline import quick
 from spendfuse.pipeline.records import SourceRecord
 from spendfuse.wire.base import encode, from_us, to_us
+from spendfuse.wire.correction import CORRECTION_TYPE, Correction, PackedCorrection
 from spendfuse.wire.packed import PACKED_MAX
 from spendfuse.wire.usage import PACK_MAX, Usage, decode_usages, strip_confluent_prefix
 
@@ -25,6 +28,8 @@ DEAD_MAX: Final = 1_000
 FAULTS_MAX: Final = 5
 REASON_CHARS_MAX: Final = 1_000
 _HEAD: Final = b'{"v":1,"usages":['
+CORRECTIONS_HEAD: Final = b'{"v":1,"corrections":['
+"""How a packed message of corrections begins."""
 _TAIL: Final = b"]}"
 
 
@@ -44,6 +49,15 @@ class Limits(NamedTuple):
     ahead_us_max: int
 
 
+Genuine = Callable[[SourceRecord], Correction]
+"""Returns the correction in a record, or raises `Refused` for what no operator has signed."""
+
+
+def nobody_corrects(record: SourceRecord) -> Correction:
+    """Refuse every correction: where nothing says whose key counts, no key does."""
+    raise Refused("signature", f"no key is known that may correct ({record.topic})")
+
+
 @dataclass(slots=True)
 class Round:
     """What is sent together: at most one packed message for each partition, and the dead letters."""
@@ -56,9 +70,10 @@ class Round:
 class _Packing:
     """One partition's message in the making."""
 
-    __slots__ = ("count", "parts", "size")
+    __slots__ = ("count", "head", "parts", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, head: bytes) -> None:
+        self.head = head
         self.parts: list[bytes] = []
         self.size = 0
         self.count = 0
@@ -73,17 +88,32 @@ class _Packing:
         return self.size >= ROUND_BYTES_MAX or self.count >= PACKED_MAX
 
     def value(self) -> bytes:
-        return _HEAD + b",".join(self.parts) + _TAIL
+        return self.head + b",".join(self.parts) + _TAIL
 
 
-def rounds(records: Sequence[SourceRecord], partitions: int, limits: Limits, now_us: int) -> Iterator[Round]:
-    """Yield the rounds that records lead to, in order; total over any bytes."""
+def rounds(
+    records: Sequence[SourceRecord],
+    partitions: int,
+    limits: Limits,
+    now_us: int,
+    genuine: Genuine = nobody_corrects,
+) -> Iterator[Round]:
+    """Yield the rounds that records lead to, in order; total over any bytes. `genuine` knows who may correct.
+
+    A round holds usages or corrections, so that both keep the order of their offsets.
+    """
+    corrects = False
     packing: dict[int, _Packing] = {}
     current = Round()
     for record in records:
         head = f'{{"p":{record.partition},"o":{record.offset},"i":'
         middle = f',"t":{max(record.timestamp_ms, -1)},"u":'
-        for nth, path, text, dead in _usages(record, limits, now_us):
+        for nth, path, text, dead, is_correction in _usages(record, limits, now_us, genuine):
+            if is_correction is not corrects and packing:
+                current.packed = {number: each.value() for number, each in packing.items()}
+                yield current
+                packing, current = {}, Round()
+            corrects = is_correction
             full = False
             if dead is not None:
                 current.dead.append(dead)
@@ -92,8 +122,8 @@ def rounds(records: Sequence[SourceRecord], partitions: int, limits: Limits, now
                 home = quick.home(path, partitions)
                 pack = packing.get(home)
                 if pack is None:
-                    pack = packing[home] = _Packing()
-                pack.add(b"%b%d%b%b}" % (head.encode(), nth, middle.encode(), text))
+                    pack = packing[home] = _Packing(CORRECTIONS_HEAD if is_correction else _HEAD)
+                pack.add(text if is_correction else b"%b%d%b%b}" % (head.encode(), nth, middle.encode(), text))
                 current.usages += 1
                 full = pack.full
             if full:
@@ -106,15 +136,16 @@ def rounds(records: Sequence[SourceRecord], partitions: int, limits: Limits, now
 
 
 class _Item(NamedTuple):
-    """One usage of a record: its place, its agent's path and its JSON; or a dead letter."""
+    """One usage or correction of a record: its place, its agent's path and its JSON; or a dead letter."""
 
     nth: int
     path: str
     text: bytes
     dead: DeadLetter | None = None
+    is_correction: bool = False
 
 
-def _usages(record: SourceRecord, limits: Limits, now_us: int) -> Iterator[_Item]:
+def _usages(record: SourceRecord, limits: Limits, now_us: int, genuine: Genuine) -> Iterator[_Item]:
     if not record.value:
         yield _Item(0, "", b"", DeadLetter(record, "the record has no value", None, 0))
         return
@@ -123,6 +154,9 @@ def _usages(record: SourceRecord, limits: Limits, now_us: int) -> Iterator[_Item
         for nth, (each, who, ts_us, _) in enumerate(quickly):
             fault = _fault_of_time(ts_us, limits, now_us)
             yield _timely(record, nth, who.path, quick.encode(each), fault, single=len(quickly) == 1)
+        return
+    if _says_correction(record.value):
+        yield _corrected(record, limits, now_us, genuine)
         return
     try:
         usages = decode_usages(record.value)
@@ -134,20 +168,47 @@ def _usages(record: SourceRecord, limits: Limits, now_us: int) -> Iterator[_Item
         yield _timely(record, nth, usage.agent_path, encode(usage), fault, single=len(usages) == 1)
 
 
+def _says_correction(value: bytes) -> bool:
+    """Say whether a record means to be a correction; one field more than a usage may have."""
+    if b'"correction"' not in value:
+        return False
+    try:
+        message = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(message, dict) and message.get("type") == CORRECTION_TYPE
+
+
+def _corrected(record: SourceRecord, limits: Limits, now_us: int, genuine: Genuine) -> _Item:
+    try:
+        correction = genuine(record)
+    except Refused as refusal:
+        return _Item(0, "", b"", DeadLetter(record, f"correction: {refusal}"[:REASON_CHARS_MAX], None, 0))
+    fault = _fault_of_time(to_us(correction.at), limits._replace(age_us_max=AGE_US_MAX), now_us, "at")
+    if fault is None and to_us(correction.ts) > to_us(correction.at) + limits.ahead_us_max:
+        fault = (
+            f"ts: {correction.ts.isoformat()} is after at, {correction.at.isoformat()}: no usage is corrected before it"
+        )
+    if fault is not None:
+        return _Item(0, "", b"", DeadLetter(record, f"correction: {fault}", None, 0))
+    packed = PackedCorrection(p=record.partition, o=record.offset, t=max(record.timestamp_ms, -1), c=correction)
+    return _Item(0, correction.agent_path, encode(packed), is_correction=True)
+
+
 def _timely(record: SourceRecord, nth: int, path: str, text: bytes, fault: str | None, *, single: bool) -> _Item:
     if fault is None:
         return _Item(nth, path, text)
     return _Item(nth, path, text, DeadLetter(record, fault, None if single else text, nth))
 
 
-def _fault_of_time(ts_us: int, limits: Limits, now_us: int) -> str | None:
+def _fault_of_time(ts_us: int, limits: Limits, now_us: int, field: str = "ts") -> str | None:
     age_us = now_us - ts_us
     if age_us > limits.age_us_max:
         said, most_s = from_us(ts_us).isoformat(), limits.age_us_max // 1_000_000
-        return f"ts: {said} is {age_us // 1_000_000} s old; the most is {most_s} s"
+        return f"{field}: {said} is {age_us // 1_000_000} s old; the most is {most_s} s"
     if -age_us > limits.ahead_us_max:
         said, most_s = from_us(ts_us).isoformat(), limits.ahead_us_max // 1_000_000
-        return f"ts: {said} is {-age_us // 1_000_000} s ahead of the clock; the most is {most_s} s"
+        return f"{field}: {said} is {-age_us // 1_000_000} s ahead of the clock; the most is {most_s} s"
     return None
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from spendfuse.client.clock import Clock
 from spendfuse.engine.again import Said, recall_unknown, sequences_of, unsaid
 from spendfuse.engine.call import Call
+from spendfuse.engine.correct import correct
 from spendfuse.engine.idle import bound_us, scope_is_idle
 from spendfuse.engine.ids import SLOTS, SeenIds
 from spendfuse.engine.meter import Outcome, PartitionMeter
@@ -22,7 +23,7 @@ from spendfuse.pipeline import quick
 from spendfuse.pipeline.board import Board
 from spendfuse.pipeline.codec import UnreadableStateError, decode_scope, encode_scope, restore_slot
 from spendfuse.pipeline.feed import PolicyFeed
-from spendfuse.pipeline.intake import reason
+from spendfuse.pipeline.intake import CORRECTIONS_HEAD, reason
 from spendfuse.pipeline.ledger_text import charged_texts, entry_texts
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord, Table
@@ -30,8 +31,9 @@ from spendfuse.pipeline.refusal import Ends
 from spendfuse.pipeline.routing import split_state_key, state_key
 from spendfuse.pipeline.sweep import Sweep
 from spendfuse.pipeline.violations import Violations
-from spendfuse.wire.base import from_us
+from spendfuse.wire.base import encode, from_us
 from spendfuse.wire.control import Command
+from spendfuse.wire.correction import PackedCorrections
 from spendfuse.wire.ledger import LedgerEntry
 from spendfuse.wire.packed import Packed
 from spendfuse.wire.remaining import Remaining
@@ -137,6 +139,8 @@ class MeterStage:
         value = record.value or b""
         calls = quick.calls(value)
         if calls is None:
+            if value.startswith(CORRECTIONS_HEAD):
+                return await self._correct(record, value)
             try:
                 calls = [Call.of(each) for each in Packed.model_validate_json(value).usages]
             except ValidationError as error:
@@ -156,6 +160,32 @@ class MeterStage:
         deliveries += await self._publisher.ledger(record.partition, title, entries, now_us)
         for alert in self._violations.on_charges(outcome.charged, now_us):
             deliveries.append(await self._publisher.alert(alert))
+        return deliveries
+
+    async def _correct(self, record: SourceRecord, value: bytes) -> list[Delivery]:
+        """Take in a message of corrections, as one of usages."""
+        try:
+            items = PackedCorrections.model_validate_json(value).corrections
+        except ValidationError as error:
+            return [await self._publisher.dead_letter(record, reason(error))]
+        pending = self._pending(record.partition)
+        await self._vouch(record.partition, pending)
+        now_us = self._clock()
+        outcome = correct(pending.meter, items, self._feed.policies, self._feed.book, now_us)
+        pending.dirty |= outcome.touched
+        pending.unpublished |= outcome.touched
+        pending.as_of = record.offset
+        self.counters.messages += 1
+        self.counters.replays += outcome.replays
+        self.counters.commands += len(outcome.effects.commands)
+        deliveries = await self._publisher.effects(outcome.effects)
+        entries = outcome.entries + _decisions(outcome.effects.shadow, record, now_us)
+        title = f"{record.partition}/{record.offset}"
+        deliveries += await self._publisher.ledger(record.partition, title, entry_texts(entries), now_us)
+        for item, fault in outcome.refused:
+            path = item.c.agent_path.encode()
+            origin = SourceRecord(USAGE.name, item.p, item.o, item.t, path, encode(item.c))
+            deliveries.append(await self._publisher.dead_letter(origin, f"correction: {fault}"))
         return deliveries
 
     async def publish_rollups(self) -> None:

@@ -39,6 +39,19 @@ class _Usage(msgspec.Struct):
     root_run: str | None = None
 
 
+class _Correction(msgspec.Struct):
+    id: str
+    ts: datetime
+    at: datetime
+    workspace: str
+    team: str
+    agent: str
+    run: str
+    tokens: _Tokens
+    cost_nanos: int
+    root_run: str | None = None
+
+
 class _Charge(msgspec.Struct):
     cost_nanos: int
 
@@ -53,6 +66,7 @@ class _Entry(msgspec.Struct):
     index: int = 0
     usage: _Usage | None = None
     charge: _Charge | None = None
+    correction: _Correction | None = None
     command: msgspec.Raw = msgspec.Raw(b"")
 
 
@@ -84,6 +98,8 @@ def fold_ledger(value: bytes | None, headers: Headers, rebuilt: Rebuilt) -> bool
         command = next(following) if len(entry.command) else None
         if entry.kind == "charge" and entry.usage is not None and entry.charge is not None:
             rebuilt.charge(_charged(entry, entry.usage, entry.charge, as_of))
+        elif entry.kind == "correction" and entry.correction is not None:
+            rebuilt.charge(_corrected(entry, entry.correction, as_of))
         elif command is not None and entry.kind in {"command", "decision"}:
             rebuilt.command(command, sent=entry.kind == "command")
     return True
@@ -113,6 +129,24 @@ def _charged(entry: _Entry, usage: _Usage, charge: _Charge, as_of: int) -> Charg
     )
 
 
+def _corrected(entry: _Entry, correction: _Correction, as_of: int) -> Charged:
+    tokens = correction.tokens
+    return Charged(
+        workspace=correction.workspace,
+        team=correction.team,
+        agent=correction.agent,
+        root_run=correction.root_run or correction.run,
+        call_id=correction.id,
+        ts_us=to_us(correction.ts),
+        at_us=to_us(entry.at),
+        nanos=correction.cost_nanos,
+        tokens=tokens.input + tokens.cache_read + tokens.cache_write_5m + tokens.cache_write_1h + tokens.output,
+        origin=Origin(entry.partition, entry.offset, entry.index),
+        as_of=as_of,
+        stated_us=to_us(correction.at),
+    )
+
+
 def last_batches(client: TrailReader) -> dict[int, int]:
     """Return the last whole batch of each ledger partition that the trail has."""
     rows = client.query(load("state_batches"), {}).result_rows
@@ -138,7 +172,9 @@ def fold_trail(
         bounds = {"former_seq": former.get(partition, 0), "former": from_us(former_us)}
         for row in _pages(client, {"partition": partition, "seq_from": seq_from, "seq_to": seq_to, **bounds}):
             space, team, agent, run, call_id, ts_us, at_us, nanos, tokens = row[:9]
-            rebuilt.charge(Charged(space, team, agent, run, call_id, int(ts_us), int(at_us), int(nanos), int(tokens)))
+            charged = Charged(space, team, agent, run, call_id, int(ts_us), int(at_us), int(nanos), int(tokens))
+            stated_us = int(row[12])  # 0: no correction
+            rebuilt.charge(charged._replace(stated_us=stated_us) if stated_us else charged)
         done += rows
         progress(done, total)
 

@@ -6,7 +6,7 @@ all that is left of it, and a guard that starts then would not know of the halt.
 
 from typing import Final, NamedTuple
 
-from spendfuse.client.accept import Refused, accept
+from spendfuse.client.accept import Refused, accept, accept_correction
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import Verifier, signed_by
 from spendfuse.pipeline.proofs import GuardKeys
@@ -14,6 +14,7 @@ from spendfuse.pipeline.records import Headers, SourceRecord
 from spendfuse.pipeline.violations import Halts
 from spendfuse.wire.base import to_us
 from spendfuse.wire.control import Command
+from spendfuse.wire.correction import Correction
 from spendfuse.wire.signing import SIGNATURE_HEADER
 
 KEPT_MAX: Final = 10_000
@@ -64,6 +65,11 @@ class Register:
             self._kept[key] = kept._replace(headers=tuple(record.headers))
         self.halts.take(command)
         return command
+
+    def correction(self, record: SourceRecord) -> Correction:
+        """Return the correction of a record of `usage.v1`, signed as a command is; raises Refused."""
+        seen = Record(*record[:4], record.key, record.value, tuple(record.headers))
+        return accept_correction(seen, self.verifier, unsigned=self.verifier is None)
 
     def follow(self, record: Record) -> None:
         """Take in what a follower reads; what is refused is the recorder's to report."""

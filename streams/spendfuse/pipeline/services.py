@@ -296,7 +296,7 @@ class Services:
         # Of all partitions together: a round waits for its acknowledgements, so one for each would wait so many times.
         sources = [source_record(record) for records in batches for record in records]
         now_us = self._clock()
-        for each in rounds(sources, self._settings.partitions, self._limits, now_us):
+        for each in rounds(sources, self._settings.partitions, self._limits, now_us, self._register.correction):
             sent = await self._publisher.round(each, self._emitter, now_us)
             await asyncio.gather(*sent)  # all acknowledged before the next round is sent; a failure ends the process
             self.counters.usages += each.usages

@@ -48,10 +48,12 @@ from spendfuse.testing.memory import (
 from spendfuse.wire.base import encode, from_us, to_us
 from spendfuse.wire.budget import Budget, WindowSpec, WorkspaceSettings
 from spendfuse.wire.control import Alert, Command
+from spendfuse.wire.correction import Correction, TokenDifferences
 from spendfuse.wire.ledger import LedgerBatch, LedgerEntry
 from spendfuse.wire.packed import INDEX_BITS
 from spendfuse.wire.prices import PriceBookFile, PriceOverride
 from spendfuse.wire.scopes import scope_kind, scope_workspace
+from spendfuse.wire.signing import SIGNATURE_HEADER
 from spendfuse.wire.topics import ALERTS, BUDGETS, COMMANDS, DEAD_LETTERS, LEDGER, PACKED, PRICES, ROLLUPS, USAGE
 from spendfuse.wire.usage import Tokens, Usage, UsagePack
 
@@ -210,6 +212,24 @@ class PipelineDriver:
         if partition is None:
             partition = (murmur2(key or b"") & _POSITIVE) % self.partitions
         self.put(USAGE.name, value, key=key, partition=partition, timestamp_ms=timestamp_ms)
+
+    def correct(self, usage: Usage, correction_id: str, **differences: Any) -> None:
+        """Put a correction of a usage on `usage.v1`, signed with the driver's key when it has one.
+
+        Differences of token counters by their names, `cost_nanos`, and the other fields of `Correction`.
+        """
+        counters = {name: differences.pop(name) for name in TokenDifferences.model_fields if name in differences}
+        same = ("workspace", "team", "agent", "run", "root_run", "parent_run", "workflow", "provider", "model", "tier")
+        fields: dict[str, Any] = {name: getattr(usage, name) for name in same} | {
+            "type": "correction", "id": correction_id, "usage_id": usage.id, "ts": usage.ts, "at": self.now,
+            "tags": usage.tags, "currency": self._feed.book.currency, "reason": "manual", "by": "driver",
+            "tokens": TokenDifferences(**counters),
+        }  # fmt: skip
+        correction = Correction(**(fields | differences))
+        key, value = correction.agent_path.encode(), encode(correction)
+        partition = (murmur2(key) & _POSITIVE) % self.partitions
+        headers = [] if self._signer is None else [(SIGNATURE_HEADER, self._signer.sign(USAGE.name, key, value))]
+        self.put(USAGE.name, value, key=key, partition=partition, headers=headers)
 
     def apply_budget(self, budget: Budget | WorkspaceSettings) -> None:
         """Put a budget in force, or another version of it, or a workspace's time zone."""
@@ -480,7 +500,7 @@ class PipelineDriver:
         return True
 
     async def _take_in(self, records: list[SourceRecord]) -> None:
-        for each in rounds(records, self.partitions, self._limits, self.now_us):
+        for each in rounds(records, self.partitions, self._limits, self.now_us, self._register.correction):
             await asyncio.gather(*await self._publisher.round(each, EMITTER, self.now_us))
 
     async def _record(self, records: list[SourceRecord]) -> None:

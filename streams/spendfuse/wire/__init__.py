@@ -6,6 +6,7 @@ Imports pydantic and the standard library only, so that any emitter or guard can
 from spendfuse.wire.base import WireModel, encode
 from spendfuse.wire.budget import Budget, Cap, DegradeRule, WindowSpec, WorkspaceSettings
 from spendfuse.wire.control import Ack, Alert, Command, Heartbeat
+from spendfuse.wire.correction import Correction, PackedCorrection, PackedCorrections, TokenDifferences
 from spendfuse.wire.ledger import LedgerBatch, LedgerEntry
 from spendfuse.wire.packed import Packed, PackedUsage
 from spendfuse.wire.prices import PriceBookFile, PriceOverride, PriceRow, Rates
@@ -19,11 +20,14 @@ __all__ = [
     "Budget",
     "Cap",
     "Command",
+    "Correction",
     "DegradeRule",
     "Heartbeat",
     "LedgerBatch",
     "LedgerEntry",
     "Packed",
+    "PackedCorrection",
+    "PackedCorrections",
     "PackedUsage",
     "PriceBookFile",
     "PriceOverride",
@@ -31,6 +35,7 @@ __all__ = [
     "Rates",
     "Remaining",
     "Rollup",
+    "TokenDifferences",
     "Tokens",
     "Usage",
     "UsagePack",

@@ -20,8 +20,11 @@ from spendfuse.wire.base import (
 from spendfuse.wire.budget import RESERVED_BUDGET, Unit, WindowKind
 
 Action = Literal["warn", "degrade", "halt", "resume"]
-AlertKind = Literal["warn", "degrade", "halt", "resume", "shadow", "unknown_model", "violation", "forged", "lag"]
-"""`violation`: spending went on after a halt; `forged`: a record among the commands that nobody with a key wrote."""
+AlertKind = Literal[
+    "warn", "degrade", "halt", "resume", "shadow", "unknown_model", "violation", "forged", "lag", "correction"
+]
+"""`violation`: spending went on after a halt; `forged`: a record among the commands that nobody with a key wrote;
+`correction`: one took more from a window than was charged in it."""
 MANUAL_BUDGET = RESERVED_BUDGET
 MANUAL_CAP = "halt"
 """A person's halt has this budget and cap, so no cap's resume can lift it."""
@@ -50,10 +53,10 @@ class Measure(WireModel):
 
 
 class Cause(WireModel):
-    """The usage that crossed the line, and where it lies in `usage.v1`."""
+    """The usage that crossed the line, or the correction that changed a sum, and where it lies in `usage.v1`."""
 
-    usage_id: Id = Field(description="id of the usage that crossed the line")
-    ts: Instant = Field(description="its event time")
+    usage_id: Id = Field(description="id of the usage that crossed the line, or that was corrected")
+    ts: Instant = Field(description="its event time; of a correction, when it was stated")
     partition: Partition = Field(description="its partition in usage.v1")
     offset: Offset = Field(description="its offset there")
     produced_at_ms: Annotated[int, Field(ge=-1)] = Field(

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from spendfuse.wire.base import Amount, Instant, Offset, Partition, WireModel
 from spendfuse.wire.control import Ack, Alert, Command
+from spendfuse.wire.correction import Correction
 from spendfuse.wire.usage import Usage
 
 LEDGER_BATCH_MAX: Final = 2_000
@@ -30,14 +31,15 @@ class Charge(WireModel):
 class LedgerEntry(WireModel):
     """One fact of the audit trail, with the record of a topic it came from.
 
-    `charge` and `duplicate` carry `usage` and `charge`; `command`, `ack` and `alert` their message;
-    `decision` a command that was decided and not sent (shadow); `budget`, `price` and `rejected` plain data;
-    `proof` what a guard signed, beside the ack of the same origin that it proves.
+    `charge` and `duplicate` carry `usage` and `charge`; `correction` what is added to an earlier charge; `command`,
+    `ack` and `alert` their message; `decision` a command that was decided and not sent (shadow); `budget`, `price` and
+    `rejected` plain data; `proof` what a guard signed, beside the ack of the same origin that it proves.
     """
 
     kind: Literal[
         "charge",
         "duplicate",
+        "correction",
         "command",
         "decision",
         "ack",
@@ -58,6 +60,7 @@ class LedgerEntry(WireModel):
     )
     usage: Usage | None = Field(default=None, description="the usage, of charge and duplicate")
     charge: Charge | None = Field(default=None, description="its charge")
+    correction: Correction | None = Field(default=None, description="of correction")
     command: Command | None = Field(default=None, description="of command and decision")
     ack: Ack | None = Field(default=None, description="of ack")
     alert: Alert | None = Field(default=None, description="of alert")

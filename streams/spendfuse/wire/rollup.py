@@ -4,11 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from spendfuse.wire.base import Amount, Offset, Partition, Scope, WireModel
+from spendfuse.wire.base import NANOS_MAX, Amount, Offset, Partition, Scope, WireModel
 from spendfuse.wire.control import Cause
 
 WindowKey = Annotated[str, Field(max_length=96, pattern=r"^(run|(hour|day|week|month)@[A-Za-z0-9_+/-]+@-?\d+)$")]
-Sums = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)]
+Step = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)]
+Sums = Annotated[list[Annotated[int, Field(ge=-NANOS_MAX)]], Field(min_length=3, max_length=3)]
+"""Below zero where a correction took more than was charged in the window."""
 
 
 class Rollup(WireModel):
@@ -28,7 +30,7 @@ class Rollup(WireModel):
     held_nanos: Amount = 0
     held_tokens: Amount = 0
     held_until_us: Annotated[int, Field(ge=0)] = 0
-    held_steps: Annotated[list[Sums], Field(max_length=64)] | None = None
+    held_steps: Annotated[list[Step], Field(max_length=64)] | None = None
     first_us: int = 0
     newest_us: int = 0
     cause: Cause

@@ -6,6 +6,7 @@ from re import Pattern
 from re import compile as compile_pattern
 from typing import Final, Literal, get_args
 
+from spendfuse.wire.correction import Correction
 from spendfuse.wire.usage import Usage
 
 ScopeKind = Literal["workspace", "team", "agent", "run"]
@@ -18,7 +19,7 @@ def agent_scope(workspace: str, team: str, agent: str) -> str:
     return f"agent:{workspace}/{team}/{agent}"
 
 
-def shared_scopes(usage: Usage) -> tuple[str, str, str]:
+def shared_scopes(usage: Usage | Correction) -> tuple[str, str, str]:
     """Return the scopes an agent shares with others: its team, its workspace and its run tree."""
     workspace = usage.workspace
     return (
