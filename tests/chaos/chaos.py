@@ -299,6 +299,7 @@ def report(played: Run, seed: int) -> int:
         ("processes that ended by themselves and were started again", stage.ended_by_itself),
         ("usages sent", load.sent),
         ("duplicates sent on purpose", load.duplicates),
+        ("corrections sent", load.corrections),
         ("junk sent", load.junk),
         ("sends that failed and were repeated", load.send_failures),
         ("longest stall of charges", f"{max((end - start for start, end in load.stalls), default=0):.1f} s"),
