@@ -152,3 +152,15 @@ def test_a_halt_whose_state_is_lost_stands_when_its_changed_budget_is_reached_al
         pipeline.flush()
         assert standing(pipeline) == ["halt"], records
         assert pipeline.commands()[-1].seq == max(command.seq for command in pipeline.commands())
+
+
+@pytest.mark.parametrize("pattern", SCOPES)
+def test_a_warning_of_calls_in_flight_that_are_over_is_not_taken_back_by_a_worker_that_starts(pattern: str) -> None:
+    pipeline = driver(budget(pattern, cap(1_000, unit="tokens", warn=[5_000]), name="b"), autoflush=False)
+    for kind, tokens in (("started", 600), ("finished", 10)):
+        pipeline.emit(call(pipeline, id="one", input=tokens, kind=kind))
+        pipeline.flush()
+        pipeline.flush()
+    pipeline.crash()
+    pipeline.flush()
+    assert [action for *_, action in orders(pipeline)] == ["warn"], "nothing has changed but the process"

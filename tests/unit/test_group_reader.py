@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -22,7 +23,7 @@ class SlowConsumer:
     def __init__(self, **_options: Any) -> None:
         self.did: list[str] = []
         self.idle = asyncio.Event()
-        self.batches = [{"usage-0": ["record"]}]
+        self.batches = [{"usage-0": [SimpleNamespace(offset=0)]}]
         self.made.append(self)
 
     def subscribe(self, _topics: list[str], listener: Any) -> None:
@@ -31,7 +32,7 @@ class SlowConsumer:
     async def start(self) -> None:
         await self.listener.on_partitions_assigned(set())
 
-    async def getmany(self, **_options: Any) -> dict[str, list[str]]:
+    async def getmany(self, **_options: Any) -> dict[str, list[Any]]:
         if self.batches:
             return self.batches.pop()
         self.idle.set()

@@ -229,6 +229,8 @@ def _reconsider_limit(
             if told.until_us != wanted.until_us:  # a rolling sum falls below a changed cap at another time
                 fire(scope, wanted, fuse, cause, effects, now_us=now_us, price_book=price_book)
             return
+        if wanted is None and told.held and told.order == order_of(limit, "warn"):
+            return  # calls in flight alone were warned of, and are over: as `_outlasts` has it, nothing is taken back
         clear(fuse, standing)
         live = is_live(standing)
         # A warning stops nobody, so it lifts a stricter order without saying so: the resume says it.

@@ -1,5 +1,6 @@
 """Topics created with explicit settings, and a refusal when what exists is something else."""
 
+import asyncio
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
@@ -20,6 +21,10 @@ CHANGELOG_CONFIGS: Final = {
 """Settings of the tables' changelogs. The segment that is written to is never compacted, and a restart reads all of it:
 by default that is 1 GiB of a partition, however few keys it has. Nothing is compacted for two minutes, so that a record
 which arrives late from a former owner does not remove what is newer (`faust_cures`, 4)."""
+TABLES: Final = ("scopes", "ids", "shared")
+VISIBLE_S_MAX: Final = 30.0
+"""Longest until a topic that was made is in what brokers say of it."""
+LOOK_AGAIN_S: Final = 0.1
 TOPIC_ALREADY_EXISTS: Final = TopicAlreadyExistsError.errno
 
 
@@ -48,10 +53,11 @@ async def ensure_topics(broker: BrokerSettings, *, partitions: int, replication:
     admin = AIOKafkaAdminClient(**admin_options(broker, CLIENT_ID))
     await admin.start()
     try:
-        existing = await _partition_counts(admin, TOPICS)
+        existing = await _partition_counts(admin, [topic.name for topic in TOPICS])
         missing = [topic for topic in TOPICS if topic.name not in existing]
         if missing:
-            response = await admin.create_topics(
+            await _create(
+                admin,
                 [
                     NewTopic(
                         name=topic.name,
@@ -60,12 +66,9 @@ async def ensure_topics(broker: BrokerSettings, *, partitions: int, replication:
                         topic_configs=topic.configs(),
                     )
                     for topic in missing
-                ]
+                ],
             )
-            for name, code, *rest in response.topic_errors:
-                if code not in {0, TOPIC_ALREADY_EXISTS}:
-                    raise for_code(code)(f"topic {name} was not created: {rest[0] if rest else code}")
-            existing |= await _partition_counts(admin, missing)
+            existing |= await _partition_counts(admin, [topic.name for topic in missing])
     finally:
         await admin.close()
     created = {topic.name for topic in missing}
@@ -84,8 +87,48 @@ async def ensure_topics(broker: BrokerSettings, *, partitions: int, replication:
     ]
 
 
-async def _partition_counts(admin: AIOKafkaAdminClient, topics: Iterable[Topic]) -> dict[str, int]:
-    wanted = [topic.name for topic in topics]
+async def ensure_changelogs(broker: BrokerSettings, app_id: str, *, partitions: int, replication: int) -> None:
+    """Create the tables' changelogs that are missing, and return when brokers say that they are there.
+
+    Faust would create them while workers join: whoever assigns partitions by then and does not know a changelog yet
+    leaves it out, without a word, at this rebalance and at others. Then a table is not read back: its fuses are lost.
+    Raises `TopicMismatchError` for a wrong partition count, a `KafkaError`, and `TimeoutError`.
+    """
+    names = [f"{app_id}-{table}-changelog" for table in TABLES]
+    admin = AIOKafkaAdminClient(**admin_options(broker, CLIENT_ID))
+    await admin.start()
+    try:
+        existing = await _partition_counts(admin, names)
+        missing = [
+            NewTopic(
+                name=name, num_partitions=partitions, replication_factor=replication, topic_configs=CHANGELOG_CONFIGS
+            )
+            for name in names
+            if name not in existing
+        ]
+        if missing:
+            await _create(admin, missing)
+        async with asyncio.timeout(VISIBLE_S_MAX):
+            while len(existing := await _partition_counts(admin, names)) < len(names):  # noqa: ASYNC110 - it is the broker's
+                await asyncio.sleep(LOOK_AGAIN_S)
+    finally:
+        await admin.close()
+    for name, count in existing.items():
+        if count != partitions:
+            raise TopicMismatchError(
+                f"{name} has {count} partitions, and this deployment wants {partitions}. Set SPENDFUSE_PARTITIONS to "
+                "what exists, or use another SPENDFUSE_APP_ID"
+            )
+
+
+async def _create(admin: AIOKafkaAdminClient, topics: list[NewTopic]) -> None:
+    response = await admin.create_topics(topics)
+    for name, code, *rest in response.topic_errors:
+        if code not in {0, TOPIC_ALREADY_EXISTS}:
+            raise for_code(code)(f"topic {name} was not created: {rest[0] if rest else code}")
+
+
+async def _partition_counts(admin: AIOKafkaAdminClient, wanted: Iterable[str]) -> dict[str, int]:
     known = set(await admin.list_topics())
     names = [name for name in wanted if name in known]
     if not names:

@@ -17,7 +17,7 @@ from aiokafka.errors import KafkaError
 from spendfuse.client.clock import parse_clock
 from spendfuse.pipeline.app import create_app
 from spendfuse.pipeline.refusal import EXIT_REFUSED, StateMismatchError, check_changelogs
-from spendfuse.pipeline.topics import TopicMismatchError, ensure_topics
+from spendfuse.pipeline.topics import TopicMismatchError, ensure_changelogs, ensure_topics
 from spendfuse.pipeline.undelivered import Undelivered
 from spendfuse.settings import BrokerSettings, ClockSettings, SettingsError, WorkerSettings
 
@@ -74,6 +74,9 @@ def run(broker: BrokerSettings, settings: WorkerSettings, clocks: ClockSettings)
     try:
         asyncio.run(ensure_topics(broker, partitions=settings.partitions, replication=settings.replication))
         asyncio.run(check_changelogs(broker, settings.app_id, settings.partitions))
+        asyncio.run(
+            ensure_changelogs(broker, settings.app_id, partitions=settings.partitions, replication=settings.replication)
+        )
         app = create_app(
             broker, settings, clocks, on_ready=_on_ready(watchdog), refuse=_refuse(settings), on_frozen=_frozen,
             on_undelivered=undelivered.note,
