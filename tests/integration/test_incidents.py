@@ -72,7 +72,7 @@ def proof(offset: int, kid: str) -> LedgerEntry:
     """What a guard's enrolled key signed: the ack of the same origin."""
     return LedgerEntry(
         kind="proof", topic="spendfuse.acks.v1", partition=0, offset=offset, index=1, at=ISSUED,
-        data={"proves": "ack", "kid": kid},
+        data={"proves": "ack", "kid": kid, "calls_in_flight": 2, "tokens_since": 900},
     )  # fmt: skip
 
 
@@ -179,11 +179,13 @@ def test_each_agent_under_a_halt_has_its_row(database: Database) -> None:
             row["calls_after"],
             row["nanos_after"],
             row["proved_by"],
+            row["in_flight_at_stop"],
+            row["tokens_since"],
         )
         for row in rows
     ] == [
-        (AGENT, True, 1_200_000, 1, {"USD": 64 * DOLLAR}, "guard-research"),
-        ("agent:acme/research/agent-2", False, None, 1, {"USD": 32 * DOLLAR}, ""),
+        (AGENT, True, 1_200_000, 1, {"USD": 64 * DOLLAR}, "guard-research", 2, 900),
+        ("agent:acme/research/agent-2", False, None, 1, {"USD": 32 * DOLLAR}, "", None, None),
     ]
 
 

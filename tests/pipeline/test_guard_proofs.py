@@ -84,6 +84,16 @@ def test_an_ack_is_only_claimed(key: str | None, enrolled: str) -> None:
     assert pipeline.dead_letters() == []
 
 
+def test_what_an_ack_says_of_calls_in_flight_and_tokens_since_is_in_the_ledger_proved_or_claimed() -> None:
+    for key, kind in ((None, "claim"), (GUARD, "proof")):
+        pipeline, halt = tripped()
+        say(pipeline, halt, key, calls_in_flight=3, tokens_since=1_200)
+        assert kinds(pipeline) == ["ack", kind]
+        data = next(entry.data for entry in pipeline.ledger() if entry.kind == kind) or {}
+        assert (data["calls_in_flight"], data["tokens_since"], data["agent"]) == (3, 1_200, AGENT)
+        assert data.get("kid") == (None if key is None else "guard-research")
+
+
 @pytest.mark.parametrize(
     ("key", "more", "why"),
     [

@@ -160,7 +160,17 @@ def _tell(row: dict[str, Any], agents: "Sequence[dict[str, Any]]") -> None:
     if agents:
         console.line("")
         console.table(
-            ["agent", "received", "stopped", "by", "halt lag", "spent after", "last call"],
+            [
+                "agent",
+                "received",
+                "stopped",
+                "by",
+                "halt lag",
+                "in flight then",
+                "tokens since",
+                "spent after",
+                "last call",
+            ],
             [
                 [
                     each["agent"],
@@ -168,12 +178,17 @@ def _tell(row: dict[str, Any], agents: "Sequence[dict[str, Any]]") -> None:
                     _clock(each["enforced_at"]),
                     _word(each),
                     _lag(each["lag_us"]),
+                    _count(each["in_flight_at_stop"]),
+                    _count(each["tokens_since"]),
                     _after(each),
                     _clock(each["last_spent_at"]),
                 ]
                 for each in agents
             ],
-            right=["halt lag"],
+            right=["halt lag", "in flight then", "tokens since"],
+        )
+        console.note(
+            "in flight then, tokens since: what the guards said when they stopped; spent after: what was charged"
         )
 
 
@@ -212,6 +227,10 @@ def _after(row: dict[str, Any]) -> str:
         return "nothing"
     sums = ", ".join(money(nanos, currency) for currency, nanos in sorted(row["nanos_after"].items()))
     return f"{sums} in {row['calls_after']:,} calls"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
 
 
 def _end(row: dict[str, Any]) -> str:

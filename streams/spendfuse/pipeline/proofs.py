@@ -92,9 +92,31 @@ class GuardKeys:
             "agent": ack.agent,
             "command_id": ack.command_id,
             "state": ack.state,
+            **said_of(ack),
             "signature": header.decode("ascii"),
             "value_base64": base64.b64encode(value).decode(),
         }
+
+
+def claim(ack: Ack) -> dict[str, Any] | None:
+    """Return what an ack that nothing proves says of calls in flight and of tokens spent since; None if it does not."""
+    said = said_of(ack)
+    if not said:
+        return None
+    return {
+        "claims": "ack",
+        "guard": ack.guard,
+        "agent": ack.agent,
+        "command_id": ack.command_id,
+        "state": ack.state,
+        **said,
+    }
+
+
+def said_of(ack: Ack) -> dict[str, int]:
+    """Return the counts of an ack that are no columns of the trail."""
+    counts = {"calls_in_flight": ack.calls_in_flight, "tokens_since": ack.tokens_since}
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 def _covers(scope: str, agent: str) -> bool:

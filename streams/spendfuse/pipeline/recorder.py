@@ -22,6 +22,7 @@ from spendfuse.client.follow import Record
 from spendfuse.pipeline.feed import decode_budget, decode_price
 from spendfuse.pipeline.intake import reason
 from spendfuse.pipeline.ledger_text import entry_texts
+from spendfuse.pipeline.proofs import claim
 from spendfuse.pipeline.publish import Publisher
 from spendfuse.pipeline.records import Delivery, SourceRecord
 from spendfuse.pipeline.register import Kept, Register
@@ -102,16 +103,18 @@ def ledger_entry(record: SourceRecord, now_us: int, register: Register) -> tuple
 def _with_proof(
     record: SourceRecord, entry: LedgerEntry | None, fault: str | None, register: Register
 ) -> tuple[LedgerEntry | None, LedgerEntry | None, str | None]:
-    """Return an entry, what proves it where it is a signed ack, and the fault of one that pretends to be proved."""
+    """Return an entry, beside an ack what proves or else claims more of it, and the fault of a pretended proof."""
     if entry is None or entry.ack is None:
         return entry, None, fault
     try:
         data = register.guards.proof(record, entry.ack)
     except ValueError as error:
         return None, None, str(error)
+    kind = "claim" if data is None else "proof"
+    data = data or claim(entry.ack)
     if data is None:
         return entry, None, None
-    values = {"kind": "proof", "ack": None, "data": data, "index": entry.index + 1}
+    values = {"kind": kind, "ack": None, "data": data, "index": entry.index + 1}
     return entry, entry.model_copy(update=values), None
 
 

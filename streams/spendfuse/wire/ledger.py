@@ -33,7 +33,8 @@ class LedgerEntry(WireModel):
 
     `charge` and `duplicate` carry `usage` and `charge`; `correction` what is added to an earlier charge; `command`,
     `ack` and `alert` their message; `decision` a command that was decided and not sent (shadow); `budget`, `price` and
-    `rejected` plain data; `proof` what a guard signed, beside the ack of the same origin that it proves.
+    `rejected` plain data; `proof` what a guard signed, beside the ack of the same origin that it proves;
+    `claim` what an ack that nothing proves says of calls in flight and tokens since.
     """
 
     kind: Literal[
@@ -48,6 +49,7 @@ class LedgerEntry(WireModel):
         "price",
         "rejected",
         "proof",
+        "claim",
         "operator",
     ] = Field(description="what happened")
     topic: Annotated[str, Field(max_length=249)] = Field(description="topic of the record it came from")
