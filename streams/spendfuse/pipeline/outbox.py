@@ -18,6 +18,7 @@ DELIVERY_S: Final = 120.0
 
 Less than the 300 s after which a group takes a reader that does not come back for dead.
 """
+AGAIN_S: Final = 0.1
 STOP_S: Final = 10.0
 
 
@@ -111,7 +112,10 @@ class KafkaOutbox:
             try:
                 delivery: asyncio.Future[Any] = await hand_over()
             except KafkaError as error:
-                if isinstance(error, KafkaTimeoutError) and time.monotonic() < give_up_at:
+                # A topic is also "unknown" to a producer whose question about it got no answer, as under a quota.
+                for_now = isinstance(error, KafkaTimeoutError) or error.retriable
+                if for_now and time.monotonic() < give_up_at:
+                    await asyncio.sleep(AGAIN_S)
                     continue
                 self.on_failed(topic, error)
                 raise
