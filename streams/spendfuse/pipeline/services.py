@@ -39,6 +39,9 @@ from spendfuse.wire.topics import ALERTS, BUDGETS, COMMANDS, PRICES, USAGE
 
 INTAKE_RECORDS_MAX: Final = 2_000
 RECORDER_RECORDS_MAX: Final = 500
+CURRENT_S_MAX: Final = 5.0
+"""Longest that a worker which could begin waits to be current before it says that it is ready."""
+LOOK_S: Final = 0.05
 POLL_MS: Final = 200
 COMMIT_INTERVAL_S: Final = 1.0
 LEAVE_S_MAX: Final = 3.0
@@ -284,9 +287,13 @@ class Services:
         await self._intake.run(self._take_in)
 
     async def announce(self) -> None:
-        """Say that the worker is ready: tables recovered, budgets read, its share of the intake assigned."""
+        """Say that the worker is ready: tables recovered, budgets read, its share of the intake assigned.
+
+        It waits a moment for what lay there to be done, so that who waits for it finds it live; a backlog takes longer.
+        """
         await self.informed.wait()
         await self._intake.joined.wait()
+        await self._until_current(CURRENT_S_MAX)
         self.ready.set()
         self.on_ready()
         log.info("ready", budgets=len(self._feed.policies.budgets), price_book=self._feed.book.version)
@@ -338,7 +345,19 @@ class Services:
                 with contextlib.suppress(KafkaError):  # it is told with the next heartbeat
                     await (await self._sign.alert(self._untold))
                     self._untold = None
-            await asyncio.sleep(self._settings.heartbeat_s)
+            if beat.ready:
+                await asyncio.sleep(self._settings.heartbeat_s)
+            else:
+                await self._until_current(self._settings.heartbeat_s, self.ready)
+
+    async def _until_current(self, within_s: float, ready: asyncio.Event | None = None) -> None:
+        """Return once what lay in the worker's partitions is done (and it is ready), or after so many seconds."""
+        give_up_at = time.monotonic() + within_s
+        while (left_s := give_up_at - time.monotonic()) > 0:
+            self._observe_lag()
+            if self._staleness.is_current and self.is_live() and (ready is None or ready.is_set()):
+                return
+            await asyncio.sleep(min(LOOK_S, left_s))
 
     def _observe_lag(self) -> None:
         """Measure how far the stages are behind; say when that becomes too far, and when it is over."""
