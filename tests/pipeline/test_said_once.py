@@ -164,3 +164,25 @@ def test_a_warning_of_calls_in_flight_that_are_over_is_not_taken_back_by_a_worke
     pipeline.crash()
     pipeline.flush()
     assert [action for *_, action in orders(pipeline)] == ["warn"], "nothing has changed but the process"
+
+
+@pytest.mark.parametrize("pattern", SCOPES)
+def test_a_halt_that_calls_in_flight_gave_a_changed_cap_is_lifted_after_them_though_its_state_was_lost(
+    pattern: str,
+) -> None:
+    lost = 0
+    for records in range(12):
+        pipeline = driver(budget(pattern, cap(1_000, unit="tokens"), name="b"), autoflush=False)
+        pipeline.emit(call(pipeline, input=200, kind="started"))
+        pipeline.flush()
+        pipeline.flush()
+        pipeline.crash(after_records=records)
+        pipeline.apply_budget(budget(pattern, cap(100, unit="tokens"), name="b", version=2))
+        at_once = [action for *_, action in orders(pipeline)]
+        pipeline.advance(seconds=601)
+        for _ in range(2):
+            pipeline.flush()
+        assert at_once[:1] == ["halt"], records
+        assert standing(pipeline) == ["resume"], records
+        lost += len(orders(pipeline)) == 2
+    assert lost > 0

@@ -4,7 +4,8 @@ A decision that follows from a usage has that usage's time, so a replay gives it
 What follows from a changed budget, from a deadline or from the start of a worker has the time of the clock. After a
 crash between its command and its state it is taken once more, later: then the command that lies in its topic counts.
 
-And what a replay will not say again must be known to be taken back: a halt under a budget that has changed since.
+And what a replay will not say again must be known to be taken back: a halt that no usage led to (calls in flight that
+tripped a changed budget may have ended since), or one under a budget that has changed since.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,8 +25,8 @@ Said = Callable[[str], Iterable[Command]]
 def recall_unknown(scope: str, fuses: dict[str, Fuse], policies: Policies, said: Said, now_us: int) -> bool:
     """Bring fuses up to commands that the state does not know and that no replay gives again; say whether any changed.
 
-    A halt or degrade that stands under a former version of its budget comes back whole, to be lifted or confirmed; of
-    what no usage led to, the sequence does, so that the next command is newer.
+    A halt or degrade that no usage led to, or under a former version of its budget, comes back whole, to be lifted or
+    confirmed while it stands; of a resume that no usage led to the sequence does, so that the next command is newer.
     """
     changed = False
     for told in said(scope):
@@ -35,7 +36,8 @@ def recall_unknown(scope: str, fuses: dict[str, Fuse], policies: Policies, said:
             continue
         budget = policies.budgets.get(told.budget)
         stands = told.expires_at is None or to_us(told.expires_at) > now_us
-        if told.action in ("halt", "degrade") and stands and (budget is None or budget.version > told.budget_version):
+        unsayable = told.cause is None or budget is None or budget.version > told.budget_version
+        if told.action in ("halt", "degrade") and stands and unsayable:
             recall(fuses, told, policies, sent=True)
             changed = True
         elif told.action == "resume" and told.reason != CALLS_ENDED and known is None:
