@@ -28,37 +28,19 @@ stopped AS (SELECT stop.1 AS scope, stop.2 AS issued_at, stop.3 AS until FROM (S
 -- What was charged by run, agent and hour; of the hours of a halt. An hour that lies in it whole is added as it is, and
 -- of the others the usage is looked at one by one.
 hours AS (
-  SELECT team, agent, root_run, hour, sum(nanos) AS nanos FROM (
-    SELECT team, agent, root_run, toStartOfHour(occurred_at) AS hour, sum(cost_nanos) AS nanos
-    FROM usage_events
-    WHERE kind = 'charge' AND currency = 'USD' AND workspace = ${workspace:singlequote}
-      AND toStartOfHour(occurred_at) >= toStartOfHour($__fromTime) AND toStartOfHour(occurred_at) <= $__toTime
-      AND toStartOfHour(occurred_at) >= toStartOfHour(arrayMin(stop -> stop.2, stops)) AND notEmpty(stops)
-      AND (
-        (team, agent) IN (SELECT splitByChar('/', scope)[2], splitByChar('/', scope)[3] FROM stopped WHERE scope LIKE 'agent:%')
-        OR root_run IN (SELECT substring(scope, position(scope, '/') + 1) FROM stopped WHERE scope LIKE 'run:%')
-        OR team IN (SELECT splitByChar('/', scope)[2] FROM stopped WHERE scope LIKE 'team:%')
-        OR has(scopes, concat('workspace:', ${workspace:singlequote}))
-      )
-      AND $__conditionalAll(team IN (${team:singlequote}), $team)
-      AND $__conditionalAll(agent IN (${agent:singlequote}), $agent)
-    GROUP BY team, agent, root_run, hour
-    UNION ALL
-    SELECT team, agent, root_run, toStartOfHour(occurred_at) AS hour, sum(cost_nanos) AS nanos
-    FROM corrections
-    WHERE currency = 'USD' AND workspace = ${workspace:singlequote}
-      AND toStartOfHour(occurred_at) >= toStartOfHour($__fromTime) AND toStartOfHour(occurred_at) <= $__toTime
-      AND toStartOfHour(occurred_at) >= toStartOfHour(arrayMin(stop -> stop.2, stops)) AND notEmpty(stops)
-      AND (
-        (team, agent) IN (SELECT splitByChar('/', scope)[2], splitByChar('/', scope)[3] FROM stopped WHERE scope LIKE 'agent:%')
-        OR root_run IN (SELECT substring(scope, position(scope, '/') + 1) FROM stopped WHERE scope LIKE 'run:%')
-        OR team IN (SELECT splitByChar('/', scope)[2] FROM stopped WHERE scope LIKE 'team:%')
-        OR has(scopes, concat('workspace:', ${workspace:singlequote}))
-      )
-      AND $__conditionalAll(team IN (${team:singlequote}), $team)
-      AND $__conditionalAll(agent IN (${agent:singlequote}), $agent)
-    GROUP BY team, agent, root_run, hour
-  )
+  SELECT team, agent, root_run, toStartOfHour(occurred_at) AS hour, sum(cost_nanos) AS nanos
+  FROM usage_events
+  WHERE kind = 'charge' AND currency = 'USD' AND workspace = ${workspace:singlequote}
+    AND toStartOfHour(occurred_at) >= toStartOfHour($__fromTime) AND toStartOfHour(occurred_at) <= $__toTime
+    AND toStartOfHour(occurred_at) >= toStartOfHour(arrayMin(stop -> stop.2, stops)) AND notEmpty(stops)
+    AND (
+      (team, agent) IN (SELECT splitByChar('/', scope)[2], splitByChar('/', scope)[3] FROM stopped WHERE scope LIKE 'agent:%')
+      OR root_run IN (SELECT substring(scope, position(scope, '/') + 1) FROM stopped WHERE scope LIKE 'run:%')
+      OR team IN (SELECT splitByChar('/', scope)[2] FROM stopped WHERE scope LIKE 'team:%')
+      OR has(scopes, concat('workspace:', ${workspace:singlequote}))
+    )
+    AND $__conditionalAll(team IN (${team:singlequote}), $team)
+    AND $__conditionalAll(agent IN (${agent:singlequote}), $agent)
   GROUP BY team, agent, root_run, hour
 ),
 touched AS (
@@ -89,28 +71,40 @@ SELECT sum(nanos) / 1e9 AS after_halt FROM (
   SELECT any(u.cost_nanos) AS nanos
   FROM (
     SELECT scope, occurred_at, cost_nanos, src_topic, src_partition, src_offset, src_index
-    FROM (
-      SELECT occurred_at, cost_nanos, workspace, team, agent, root_run, src_topic, src_partition, src_offset, src_index
-      FROM usage_events
-      PREWHERE toStartOfHour(occurred_at) IN (SELECT hour FROM edges)
-      WHERE $__timeFilter_ms(occurred_at) AND kind = 'charge' AND currency = 'USD' AND workspace = ${workspace:singlequote}
-        AND (team, agent, toStartOfHour(occurred_at)) IN (SELECT team, agent, hour FROM edges)
-        AND (team, agent, toStartOfHour(occurred_at), root_run) IN (SELECT team, agent, hour, root_run FROM edges)
-      UNION ALL
-      SELECT occurred_at, cost_nanos, workspace, team, agent, root_run, src_topic, src_partition, src_offset, src_index
-      FROM corrections
-      WHERE $__timeFilter_ms(occurred_at) AND currency = 'USD' AND workspace = ${workspace:singlequote}
-        AND (team, agent, toStartOfHour(occurred_at), root_run) IN (SELECT team, agent, hour, root_run FROM edges)
-    )
+    FROM usage_events
     ARRAY JOIN [
       concat('workspace:', workspace),
       concat('team:', workspace, '/', team),
       concat('agent:', workspace, '/', team, '/', agent),
       concat('run:', workspace, '/', root_run)
     ] AS scope
-    WHERE scope IN (SELECT scope FROM stopped)
+    PREWHERE toStartOfHour(occurred_at) IN (SELECT hour FROM edges)
+    WHERE $__timeFilter_ms(occurred_at) AND kind = 'charge' AND currency = 'USD' AND workspace = ${workspace:singlequote}
+      AND (team, agent, toStartOfHour(occurred_at)) IN (SELECT team, agent, hour FROM edges)
+      AND (team, agent, toStartOfHour(occurred_at), root_run) IN (SELECT team, agent, hour, root_run FROM edges)
+      AND scope IN (SELECT scope FROM stopped)
   ) AS u
   INNER JOIN stopped AS s ON s.scope = u.scope
   WHERE u.occurred_at > s.issued_at AND u.occurred_at < s.until
   GROUP BY u.src_topic, u.src_partition, u.src_offset, u.src_index
+  UNION ALL
+  -- Corrections are few, and looked at one by one: each belongs to the time of the usage it corrects.
+  SELECT any(c.cost_nanos) AS nanos
+  FROM (
+    SELECT scope, occurred_at, cost_nanos, src_topic, src_partition, src_offset, src_index
+    FROM corrections
+    ARRAY JOIN [
+      concat('workspace:', workspace),
+      concat('team:', workspace, '/', team),
+      concat('agent:', workspace, '/', team, '/', agent),
+      concat('run:', workspace, '/', root_run)
+    ] AS scope
+    WHERE $__timeFilter_ms(occurred_at) AND currency = 'USD' AND workspace = ${workspace:singlequote}
+      AND $__conditionalAll(team IN (${team:singlequote}), $team)
+      AND $__conditionalAll(agent IN (${agent:singlequote}), $agent)
+      AND scope IN (SELECT scope FROM stopped)
+  ) AS c
+  INNER JOIN stopped AS s ON s.scope = c.scope
+  WHERE c.occurred_at > s.issued_at AND c.occurred_at < s.until
+  GROUP BY c.src_topic, c.src_partition, c.src_offset, c.src_index
 )
