@@ -1,6 +1,6 @@
 // Fetched record batches made readable: no batch that a broker takes may stop the guard, or lie about its offsets.
 //
-// kafkajs 2.2.4 ends its consumer for good where it cannot read a batch (a codec it lacks, bytes that are no records), has
+// kafkajs 2.2.4 cannot go on after a batch of a codec it lacks (by its source; not tried), says nothing of one it skips, has
 // no bound on what it decompresses, and takes a record's offset from the record. Whoever may produce could so silence a
 // guard. So this module decodes batches in its place; import it before kafkajs. A batch that cannot be read becomes one
 // record at its last offset, without key and value, with the reason in the header `spendfuse-unreadable`.

@@ -10,8 +10,10 @@ from pydantic_core import to_json
 
 from spendfuse.wire.base import to_us
 from spendfuse.wire.control import Ack, Alert, Command, Measure
+from spendfuse.wire.correction import Correction
 from spendfuse.wire.ledger import LedgerEntry
 from spendfuse.wire.scopes import scope_kind, scope_workspace
+from spendfuse.wire.usage import Usage
 
 UNREADABLE_BYTES_MAX: Final = 49_152
 """Most bytes kept of what nobody could read; a multiple of 3, so that base64 needs no padding."""
@@ -100,28 +102,12 @@ def _usage(entry: LedgerEntry) -> Row:
         raise UnfitError(f"an entry of kind {entry.kind} without usage")
     if charge is None and entry.kind == "charge":
         raise UnfitError("an entry of kind charge without charge")
-    tokens = usage.tokens
     return {
         "usage_id": usage.id,
         "occurred_at": _us("usage.ts", usage.ts),
         "kind": entry.kind,
         "usage_kind": usage.kind,
-        "workspace": usage.workspace,
-        "team": usage.team,
-        "agent": usage.agent,
-        "run": usage.run,
-        "root_run": usage.root_run or usage.run,
-        "parent_run": usage.parent_run or "",
-        "workflow": usage.workflow or "",
-        "provider": usage.provider,
-        "model": usage.model,
-        "tier": usage.tier,
-        "input_tokens": tokens.input,
-        "cache_read_tokens": tokens.cache_read,
-        "cache_write_5m_tokens": tokens.cache_write_5m,
-        "cache_write_1h_tokens": tokens.cache_write_1h,
-        "output_tokens": tokens.output,
-        "reasoning_tokens": tokens.reasoning,
+        **_call(usage),
         "cost_nanos": charge.cost_nanos if charge else 0,
         "currency": charge.currency if charge else "",
         "price_book": charge.price_book if charge else "",
@@ -130,7 +116,30 @@ def _usage(entry: LedgerEntry) -> Row:
         "rates": [_int64("charge.rates", rate) for rate in charge.rates] if charge else [],
         "late": int(entry.late),
         "source": usage.source,
-        "tags": usage.tags,
+    }
+
+
+def _call(of: Usage | Correction) -> Row:
+    """Return what a usage and a correction of it both say of the call: whose, of which model, and the tokens."""
+    tokens = of.tokens
+    return {
+        "workspace": of.workspace,
+        "team": of.team,
+        "agent": of.agent,
+        "run": of.run,
+        "root_run": of.root_run or of.run,
+        "parent_run": of.parent_run or "",
+        "workflow": of.workflow or "",
+        "provider": of.provider,
+        "model": of.model,
+        "tier": of.tier,
+        "tags": of.tags,
+        "input_tokens": tokens.input,
+        "cache_read_tokens": tokens.cache_read,
+        "cache_write_5m_tokens": tokens.cache_write_5m,
+        "cache_write_1h_tokens": tokens.cache_write_1h,
+        "output_tokens": tokens.output,
+        "reasoning_tokens": tokens.reasoning,
     }
 
 
@@ -138,35 +147,18 @@ def _correction(entry: LedgerEntry) -> Row:
     correction = entry.correction
     if correction is None:
         raise UnfitError("an entry of kind correction without correction")
-    tokens = correction.tokens
     return {
         "correction_id": correction.id,
         "usage_id": correction.usage_id,
         "occurred_at": _us("correction.ts", correction.ts),
         "stated_at": _us("correction.at", correction.at),
-        "workspace": correction.workspace,
-        "team": correction.team,
-        "agent": correction.agent,
-        "run": correction.run,
-        "root_run": correction.root_run or correction.run,
-        "parent_run": correction.parent_run or "",
-        "workflow": correction.workflow or "",
-        "provider": correction.provider,
-        "model": correction.model,
-        "tier": correction.tier,
-        "input_tokens": tokens.input,
-        "cache_read_tokens": tokens.cache_read,
-        "cache_write_5m_tokens": tokens.cache_write_5m,
-        "cache_write_1h_tokens": tokens.cache_write_1h,
-        "output_tokens": tokens.output,
-        "reasoning_tokens": tokens.reasoning,
+        **_call(correction),
         "cost_nanos": correction.cost_nanos,
         "currency": correction.currency,
         "reason": correction.reason,
         "note": correction.note,
         "stated_by": correction.by,
         "late": int(entry.late),
-        "tags": correction.tags,
     }
 
 

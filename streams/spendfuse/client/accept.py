@@ -1,11 +1,12 @@
 """Which records are what they say: signed, under their own key, readable."""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
 from spendfuse.client.follow import Record
 from spendfuse.client.keys import BadSignature, Verifier
+from spendfuse.wire.base import WireModel
 from spendfuse.wire.control import Command, Heartbeat
 from spendfuse.wire.correction import Correction
 from spendfuse.wire.remaining import Remaining
@@ -14,6 +15,8 @@ from spendfuse.wire.topics import COMMANDS, HEARTBEATS, REMAINING, USAGE
 
 Reason = Literal["tombstone", "topic", "unsigned", "signature", "invalid", "key", "expired", "old", "full"]
 """Why a guard did not obey a record; `old` is a command that a later one of its cap has replaced, or a repetition."""
+
+_M = TypeVar("_M", bound=WireModel)
 
 
 class Refused(Exception):  # noqa: N818 - an answer more than an error
@@ -35,13 +38,7 @@ def accept(record: Record, verifier: Verifier | None, *, unsigned: bool) -> Comm
     The bytes that came are verified, and only then parsed. A record without value carries no signature: if it
     counted, deleting a record would let a halted agent go. `unsigned` accepts a missing signature, never a wrong one.
     """
-    if record.topic != COMMANDS.name:
-        raise Refused("topic", f"{record.topic} is not {COMMANDS.name}")
-    value = _verified(record, verifier, unsigned=unsigned)
-    try:
-        command = Command.model_validate_json(value)
-    except ValidationError as error:
-        raise Refused("invalid", f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}") from None
+    command = _signed(record, COMMANDS.name, Command, verifier, unsigned=unsigned)
     if command.key.encode() != record.key:
         raise Refused("key", "the command is of another scope, budget or cap than its key")
     return command
@@ -49,13 +46,7 @@ def accept(record: Record, verifier: Verifier | None, *, unsigned: bool) -> Comm
 
 def accept_remaining(record: Record, verifier: Verifier | None, *, unsigned: bool) -> Remaining:
     """Return what a record of `remaining.v1` says is left, or raise Refused, by the rules of `accept`."""
-    if record.topic != REMAINING.name:
-        raise Refused("topic", f"{record.topic} is not {REMAINING.name}")
-    value = _verified(record, verifier, unsigned=unsigned)
-    try:
-        left = Remaining.model_validate_json(value)
-    except ValidationError as error:
-        raise Refused("invalid", f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}") from None
+    left = _signed(record, REMAINING.name, Remaining, verifier, unsigned=unsigned)
     if left.key.encode() != record.key:
         raise Refused("key", "the remaining is of another scope, budget or cap than its key")
     return left
@@ -66,13 +57,7 @@ def accept_heartbeat(record: Record, verifier: Verifier | None, *, unsigned: boo
 
     Forged, it would keep a guard from noticing that nobody counts any more.
     """
-    if record.topic != HEARTBEATS.name:
-        raise Refused("topic", f"{record.topic} is not {HEARTBEATS.name}")
-    value = _verified(record, verifier, unsigned=unsigned)
-    try:
-        heartbeat = Heartbeat.model_validate_json(value)
-    except ValidationError as error:
-        raise Refused("invalid", f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}") from None
+    heartbeat = _signed(record, HEARTBEATS.name, Heartbeat, verifier, unsigned=unsigned)
     if heartbeat.emitter.encode() != record.key:
         raise Refused("key", "the heartbeat is of another emitter than its key")
     return heartbeat
@@ -83,18 +68,23 @@ def accept_correction(record: Record, verifier: Verifier | None, *, unsigned: bo
 
     Forged, it would lower a sum, and let a stopped agent go.
     """
-    if record.topic != USAGE.name:
-        raise Refused("topic", f"{record.topic} is not {USAGE.name}")
-    value = _verified(record, verifier, unsigned=unsigned)
-    try:
-        correction = Correction.model_validate_json(value)
-    except ValidationError as error:
-        faults = error.errors(include_input=False, include_url=False)
-        where = ".".join(str(part) for part in faults[0]["loc"])
-        raise Refused("invalid", f"{where}: {faults[0]['msg']}" if where else faults[0]["msg"]) from None
+    correction = _signed(record, USAGE.name, Correction, verifier, unsigned=unsigned)
     if correction.agent_path.encode() != record.key:
         raise Refused("key", "the correction is of another agent than its key")
     return correction
+
+
+def _signed(record: Record, topic: str, model: type[_M], verifier: Verifier | None, *, unsigned: bool) -> _M:
+    """Return the message in a record of a topic, its signature checked before it is parsed; raises Refused."""
+    if record.topic != topic:
+        raise Refused("topic", f"{record.topic} is not {topic}")
+    value = _verified(record, verifier, unsigned=unsigned)
+    try:
+        return model.model_validate_json(value)
+    except ValidationError as error:
+        fault = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise Refused("invalid", f"{where}: {fault['msg']}" if where else fault["msg"]) from None
 
 
 def _verified(record: Record, verifier: Verifier | None, *, unsigned: bool) -> bytes:

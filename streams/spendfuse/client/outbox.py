@@ -232,14 +232,14 @@ class Outbox(Generic[T]):
                 if not cluster.partitions_for_topic(self._topic):
                     raise KafkaError(f"topic {self._topic} does not exist; a spendfuse worker creates it")  # noqa: TRY301 - the cleanup below is the same for any fault
         except BaseException:
-            await _stop(producer)
+            await close(producer, DISCONNECT_TIMEOUT_S)
             raise
         self._producer = producer
 
     async def _disconnect(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            await _stop(producer)
+            await close(producer, DISCONNECT_TIMEOUT_S)
 
     async def _send_round(self) -> None:
         with self._lock:
@@ -315,7 +315,3 @@ class Outbox(Generic[T]):
                 "spendfuse cannot send to %s at %s: %s; %d kept, trying again in %.2f s",
                 *(self._topic, self._broker.bootstrap_servers, error, buffered, backoff_s),
             )
-
-
-async def _stop(producer: Any) -> None:
-    await close(producer, DISCONNECT_TIMEOUT_S)

@@ -97,9 +97,9 @@ def fold_ledger(value: bytes | None, headers: Headers, rebuilt: Rebuilt) -> bool
     for entry in entries:
         command = next(following) if len(entry.command) else None
         if entry.kind == "charge" and entry.usage is not None and entry.charge is not None:
-            rebuilt.charge(_charged(entry, entry.usage, entry.charge, as_of))
+            rebuilt.charge(_charged(entry, entry.usage, entry.charge.cost_nanos, as_of))
         elif entry.kind == "correction" and entry.correction is not None:
-            rebuilt.charge(_corrected(entry, entry.correction, as_of))
+            rebuilt.charge(_charged(entry, entry.correction, entry.correction.cost_nanos, as_of))
         elif command is not None and entry.kind in {"command", "decision"}:
             rebuilt.command(command, sent=entry.kind == "command")
     return True
@@ -112,38 +112,21 @@ def _packed_offset(headers: Headers) -> int:
     return int(offset) if partition.isdigit() and offset.isdigit() else NO_OFFSET
 
 
-def _charged(entry: _Entry, usage: _Usage, charge: _Charge, as_of: int) -> Charged:
-    tokens = usage.tokens
+def _charged(entry: _Entry, of: _Usage | _Correction, nanos: int, as_of: int) -> Charged:
+    tokens = of.tokens
     return Charged(
-        workspace=usage.workspace,
-        team=usage.team,
-        agent=usage.agent,
-        root_run=usage.root_run or usage.run,
-        call_id=usage.id,
-        ts_us=to_us(usage.ts),
+        workspace=of.workspace,
+        team=of.team,
+        agent=of.agent,
+        root_run=of.root_run or of.run,
+        call_id=of.id,
+        ts_us=to_us(of.ts),
         at_us=to_us(entry.at),
-        nanos=charge.cost_nanos,
+        nanos=nanos,
         tokens=tokens.input + tokens.cache_read + tokens.cache_write_5m + tokens.cache_write_1h + tokens.output,
         origin=Origin(entry.partition, entry.offset, entry.index),
         as_of=as_of,
-    )
-
-
-def _corrected(entry: _Entry, correction: _Correction, as_of: int) -> Charged:
-    tokens = correction.tokens
-    return Charged(
-        workspace=correction.workspace,
-        team=correction.team,
-        agent=correction.agent,
-        root_run=correction.root_run or correction.run,
-        call_id=correction.id,
-        ts_us=to_us(correction.ts),
-        at_us=to_us(entry.at),
-        nanos=correction.cost_nanos,
-        tokens=tokens.input + tokens.cache_read + tokens.cache_write_5m + tokens.cache_write_1h + tokens.output,
-        origin=Origin(entry.partition, entry.offset, entry.index),
-        as_of=as_of,
-        stated_us=to_us(correction.at),
+        stated_us=to_us(of.at) if isinstance(of, _Correction) else None,
     )
 
 
